@@ -1,0 +1,15 @@
+"""blkckpt: checkpoints of running virtual machines, taken and used beneath stock QEMU.
+
+The chapters are the docstrings of the packages:
+
+* :mod:`blkckpt.disk` — layers, maps, the switch, drain, copy and commit (rules D1 to D13)
+* :mod:`blkckpt.control` — the control socket of the disk server
+* :mod:`blkckpt.store` — chunks, packs, images, manifests (rules S1 to S6)
+* :mod:`blkckpt.vm` — QMP, the resume barrier, how a machine was started
+* :mod:`blkckpt.memory` — QEMU's stream, memory images
+* :mod:`blkckpt.agent` — the plan of a checkpoint and its runner (rules A1 to A3)
+* :mod:`blkckpt.restore` — lazy, eager, revert
+* :mod:`blkckpt.cli` — the command line
+"""
+
+__version__ = "0.1.0"

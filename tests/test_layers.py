@@ -1,0 +1,108 @@
+"""The import ranks: a module imports only modules of lower rank; no cycles, also none inside functions.
+
+``disk`` never imports ``store``, ``vm`` or ``agent``; only ``plugins`` imports ``nbdkit``; only ``view.fuse``
+imports the FUSE binding; only ``cli`` prints.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "blkckpt"
+
+RANKS: tuple[frozenset[str], ...] = (
+    frozenset({"errors"}),
+    frozenset({"units", "log", "durable"}),
+    frozenset({"paths"}),
+    # Pure: values and bytes, no process, no socket.
+    frozenset({
+        "disk.blocks", "disk.blockmap", "disk.format", "control.messages", "control.wire", "store.layout",
+        "store.manifest", "agent.plan", "memory.stream", "vm.definition", "vm.commandline", "vm.barrier",
+    }),
+    frozenset({
+        "disk.fileio", "disk.epoch", "control.server", "control.client", "vm.qmp", "vm.guestagent",
+        "store.lock", "store.packs", "memory.image",
+    }),
+    frozenset({"disk.layer", "store.images"}),
+    frozenset({"disk.chain", "store.store"}),
+    frozenset({"disk.copier", "disk.commit", "disk.fill", "store.check", "store.ingest", "memory.receive"}),
+    frozenset({"disk.disk"}),
+    frozenset({"disk.group", "agent.runner", "view.tree"}),
+    frozenset({"control.service", "agent.supervisor", "view.fuse"}),
+    frozenset({"restore.disks", "restore.machine", "restore.revert"}),
+    frozenset({"doctor"}),
+    frozenset({"cli"}),
+)  # fmt: skip
+
+ONLY = {"nbdkit": "plugins", "mfusepy": "view.fuse", "fuse": "view.fuse"}
+
+
+def rank(module: str) -> int:
+    """The rank of *module* (without the package's name); longest prefix wins."""
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        for number, names in enumerate(RANKS):
+            if ".".join(parts[:length]) in names:
+                return number
+    raise AssertionError(f"blkckpt.{module} has no rank: add it to RANKS")
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if not name.endswith("__init__"):
+            yield name, path
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that *path* imports, at any depth."""
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}"
+
+
+def exists(module: str) -> bool:
+    path = ROOT / Path(*module.split("."))
+    return path.with_suffix(".py").is_file() or path.is_dir()
+
+
+@pytest.mark.parametrize(("name", "path"), [pytest.param(*pair, id=pair[0]) for pair in modules()])
+def test_imports_go_down(name: str, path: Path) -> None:
+    own = rank(name)
+    for imported in imports(path):
+        top = imported.split(".")[0]
+        if top in ONLY:
+            assert name.startswith(ONLY[top]), f"only {ONLY[top]} may import {top}"
+        if not imported.startswith("blkckpt."):
+            continue
+        assert exists(imported), f"{name} imports a name, not a module: {imported}"
+        target = imported.removeprefix("blkckpt.")
+        if name.startswith("cli.") and target.startswith("cli."):
+            continue
+        assert rank(target) < own, f"{name} (rank {own}) imports {target} (rank {rank(target)})"
+
+
+def test_only_the_command_line_prints() -> None:
+    for name, path in modules():
+        if name.startswith("cli."):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id != "print", f"{path}:{node.lineno} prints"
+
+
+def test_packages_export_nothing() -> None:
+    for path in PACKAGE.rglob("__init__.py"):
+        for node in ast.parse(path.read_text()).body:
+            assert not isinstance(node, ast.Import | ast.ImportFrom) or (
+                isinstance(node, ast.ImportFrom) and node.module == "__future__"
+            ), f"{path} re-exports"
