@@ -18,7 +18,7 @@ PACKAGE = ROOT / "blkckpt"
 RANKS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"units", "log", "durable"}),
-    frozenset({"paths"}),
+    frozenset({"paths", "disk.barrier"}),
     # Pure: values and bytes, no process, no socket.
     frozenset({
         "disk.blocks", "disk.blockmap", "disk.format", "control.messages", "control.wire", "store.layout",
