@@ -25,7 +25,7 @@ RANKS: tuple[frozenset[str], ...] = (
         "store.manifest", "agent.plan", "memory.stream", "vm.definition", "vm.commandline", "vm.barrier",
     }),
     frozenset({
-        "disk.fileio", "disk.epoch", "control.server", "control.client", "vm.qmp", "vm.guestagent",
+        "disk.fileio", "disk.epoch", "disk.job", "control.server", "control.client", "vm.qmp", "vm.guestagent",
         "store.lock", "store.packs", "memory.image",
     }),
     frozenset({"disk.layer", "store.images"}),

@@ -1,0 +1,91 @@
+"""A piece of background work that others watch and wait for."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from blkckpt import errors, log
+from blkckpt.disk import api
+
+_log = log.get(__name__)
+
+
+class Job:
+    """State, progress and outcome of one copy, commit or abort.  Every method may be called from any thread."""
+
+    def __init__(self, kind: str) -> None:
+        self.id = secrets.token_hex(8)
+        self.kind = kind
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._cancelled = threading.Event()
+        self._done = 0
+        self._total = 0
+        self._result: Mapping[str, Any] | None = None
+        self._error: BaseException | None = None
+
+    def start(self, work: Callable[[Job], Mapping[str, Any]]) -> Job:
+        """Run *work* in a daemon thread; what it returns or raises is the outcome."""
+        threading.Thread(target=self.run, args=(work,), name=f"{self.kind}-{self.id}", daemon=True).start()
+        return self
+
+    def run(self, work: Callable[[Job], Mapping[str, Any]]) -> Job:
+        """As :meth:`start`, in this thread."""
+        began = time.monotonic()
+        try:
+            self.finish(work(self))
+        except BaseException as error:
+            self.fail(error)
+        _log.info("job ended", extra={"fields": {"kind": self.kind, "seconds": round(time.monotonic() - began, 3)}})
+        return self
+
+    def progress(self, done: int, total: int) -> None:
+        with self._lock:
+            self._done, self._total = done, total
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        self._result = result
+        self._ended.set()
+
+    def fail(self, error: BaseException) -> None:
+        if not isinstance(error, errors.BlkckptError):
+            _log.error("job failed", extra={"fields": {"kind": self.kind, "error": repr(error)}}, exc_info=error)
+        self._error = error
+        self._ended.set()
+
+    def cancel(self) -> None:
+        """Ask the work to stop; it ends as failed, or done if it was just ending."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> threading.Event:
+        return self._cancelled
+
+    @property
+    def running(self) -> bool:
+        return not self._ended.is_set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether the job has ended within *timeout* seconds."""
+        return self._ended.wait(timeout)
+
+    def outcome(self) -> Mapping[str, Any]:
+        """The result of an ended job; raises its error."""
+        if self._error is not None:
+            raise self._error
+        if self._result is None:
+            raise errors.StateError(f"the {self.kind} job {self.id} is still running")
+        return self._result
+
+    def status(self) -> api.JobStatus:
+        with self._lock:
+            done, total = self._done, self._total
+        state = "running" if self.running else "failed" if self._error is not None else "done"
+        error = self._error
+        text = None if error is None else str(error) or type(error).__name__
+        kind = None if error is None else type(error).__name__
+        return api.JobStatus(self.id, self.kind, state, done, total, self._result, text, kind)
