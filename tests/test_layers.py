@@ -18,7 +18,7 @@ PACKAGE = ROOT / "blkckpt"
 RANKS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"units", "log", "durable"}),
-    frozenset({"paths", "disk.barrier"}),
+    frozenset({"paths", "disk.barrier", "disk.api"}),
     # Pure: values and bytes, no process, no socket.
     frozenset({
         "disk.blocks", "disk.blockmap", "disk.format", "control.messages", "control.wire", "store.layout",
@@ -28,9 +28,10 @@ RANKS: tuple[frozenset[str], ...] = (
         "disk.fileio", "disk.epoch", "disk.job", "control.server", "control.client", "vm.qmp", "vm.guestagent",
         "store.lock", "store.packs", "memory.image",
     }),
+    frozenset({"disk.maps"}),
     frozenset({"disk.layer", "store.images"}),
     frozenset({"disk.chain", "store.store"}),
-    frozenset({"disk.copier", "disk.commit", "disk.fill", "store.check", "store.ingest", "memory.receive"}),
+    frozenset({"disk.copier", "disk.commit", "disk.fill", "disk.stack", "store.check", "store.ingest", "memory.receive"}),
     frozenset({"disk.disk"}),
     frozenset({"disk.group", "agent.runner", "view.tree"}),
     frozenset({"control.service", "agent.supervisor", "view.fuse"}),

@@ -41,33 +41,6 @@ class Source(Protocol):
         """Yield ``(offset, length, is_zero)``, ascending and without gaps."""
 
 
-class BarrierVerdict(enum.Enum):
-    """What a look at the resume barrier showed."""
-
-    WAITING = "waiting"
-    PASSED = "passed"
-    VIOLATED = "violated"
-
-
-@dataclass(frozen=True, slots=True)
-class BarrierState:
-    """A verdict; *reason* is a line for the user when it is ``VIOLATED``."""
-
-    verdict: BarrierVerdict
-    reason: str = ""
-
-
-WAITING = BarrierState(BarrierVerdict.WAITING)
-PASSED = BarrierState(BarrierVerdict.PASSED)
-
-
-class Barrier(Protocol):
-    """Tells whether the guest has been resumed (DESIGN §3)."""
-
-    def poll(self) -> BarrierState:
-        """Look, without consuming anything.  Cheap, called before every mutating request while armed, any thread."""
-
-
 class State(enum.Enum):
     """Where the disks of a VM are in the procedure (see :mod:`blkckpt.disk`)."""
 

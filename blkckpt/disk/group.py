@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from blkckpt import paths
 from blkckpt.disk import api, disk, job
+from blkckpt.disk import barrier as barriers
 
 
 class DiskGroup:
@@ -35,7 +36,7 @@ class DiskGroup:
         """The driver is alive: *lease* more seconds from now.  No effect when nothing is under way."""
         raise NotImplementedError
 
-    def arm(self, barrier: api.Barrier, deadline: float) -> None:
+    def arm(self, barrier: barriers.Barrier, deadline: float) -> None:
         """Flush, then let *barrier* decide when to switch.  *deadline* is a ``time.monotonic()`` value."""
         raise NotImplementedError
 
