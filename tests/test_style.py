@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 DURABLE_CALLS = {"replace": "os", "rename": "os", "fsync": "os", "fdatasync": "os"}
-ALLOWED = {"blkckpt/durable.py", "blkckpt/disk/fileio.py", "blkckpt/store/packs.py"}
-"""The helper, the data plane's own file layer, and the pack writer, which appends."""
+ALLOWED = {"blkckpt/durable.py", "blkckpt/disk/fileio.py", "blkckpt/store/backend.py"}
+"""The helper, the data plane's own file layer, and the store's local backend, whose packs are appended to."""
 
 
 @pytest.mark.parametrize(

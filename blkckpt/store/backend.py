@@ -1,0 +1,292 @@
+"""The narrow interface to where objects are kept (rule S6), and its implementation in a local directory.
+
+An *object* is immutable: it appears whole under its key, or not at all, and is deleted whole.  The store needs no
+more than this protocol, which an object store offers as well (``create`` is a multipart upload):
+
+==============================  ===================================================================
+``put(key, data)``              a small object, durable on return; ``exclusive``: never over another
+``create(key)``                 a large one, appended to; durable under its key after ``commit``
+``get(key, offset, length)``    exactly that range, or an error
+``size(key)``, ``list(prefix)``, ``delete(key)``
+==============================  ===================================================================
+
+Locally a key is a path below the root.  An object that is being written lives in ``tmp/`` and is locked (flock) by
+its writer; after a crash it is unlocked residue, which :meth:`LocalBackend.sweep` removes.  The write order is the
+one of :mod:`blkckpt.durable`: data, fsync, rename, directory fsync.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import re
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from blkckpt import durable, errors
+
+_KEY = re.compile(r"[a-z]+(/[A-Za-z0-9][A-Za-z0-9._-]{0,90}){1,2}")
+_IOV = min(os.sysconf("SC_IOV_MAX"), 1024)
+_OPEN_FILES = 128
+"""Descriptors of objects kept open for reading."""
+
+_WRITEBACK = 16 << 20
+"""Start writing dirty pages out every so many bytes, so that the last fsync is short (measured: 1 GiB of random data
+is appended in 1.1 s either way, but the fsync at the end takes 0.05 s instead of 0.5 s)."""
+
+_SYNC_FILE_RANGE_WRITE = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Appender(Protocol):
+    """A large object being written.  One thread at a time."""
+
+    @property
+    def size(self) -> int: ...
+    def append(self, buffers: Sequence[bytes | memoryview]) -> None: ...
+    def commit(self) -> None: ...
+    def abort(self) -> None: ...
+
+
+class Backend(Protocol):
+    """Where objects are kept.  Safe for several threads and processes."""
+
+    def put(self, key: str, data: bytes, *, exclusive: bool = False) -> None: ...
+    def create(self, key: str) -> Appender: ...
+    def get(self, key: str, offset: int, length: int) -> bytes: ...
+    def size(self, key: str) -> int: ...
+    def exists(self, key: str) -> bool: ...
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]: ...
+    def delete(self, key: str) -> None: ...
+    def sweep(self, *, dry_run: bool = False) -> tuple[int, int]: ...
+
+
+class LocalBackend:
+    """Objects as files below a directory that is ours alone."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._open: OrderedDict[str, _Shared] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def path(self, key: str) -> Path:
+        if not _KEY.fullmatch(key):
+            raise errors.InputError(f"{key[:120]!r} is not a key of a store")
+        return self.root / key
+
+    def put(self, key: str, data: bytes, *, exclusive: bool = False) -> None:
+        """Write a small object; ``FileExistsError`` if *exclusive* and it is there."""
+        path = self.path(key)
+        try:
+            durable.make_directory(path.parent)
+            (durable.create_file if exclusive else durable.write_file)(path, data)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise errors.from_os_error(error, f"writing {path}") from error
+
+    def create(self, key: str) -> LocalAppender:
+        path = self.path(key)
+        try:
+            durable.make_directory(self.root / "tmp")
+            durable.make_directory(path.parent)
+            return LocalAppender(self.root / "tmp" / f"{secrets.token_hex(8)}.part", path)
+        except OSError as error:
+            raise errors.from_os_error(error, f"creating {path}") from error
+
+    def get(self, key: str, offset: int, length: int) -> bytes:
+        """Exactly *length* bytes at *offset*; CorruptError if the object is shorter."""
+        with self._borrow(key) as shared:
+            try:
+                data = os.pread(shared.descriptor, length, offset)
+                while len(data) < length:
+                    more = os.pread(shared.descriptor, length - len(data), offset + len(data))
+                    if not more:
+                        raise errors.CorruptError(
+                            f"{self.path(key)} is truncated: wanted {length} bytes at {offset}, found {len(data)}"
+                        )
+                    data += more
+            except OSError as error:
+                raise errors.from_os_error(error, f"reading {self.path(key)}") from error
+        return data
+
+    def size(self, key: str) -> int:
+        with self._borrow(key) as shared:
+            return os.fstat(shared.descriptor).st_size
+
+    def exists(self, key: str) -> bool:
+        return self.path(key).is_file()
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """``(key, size)`` of every object whose key begins with the directory *prefix*, sorted."""
+        base = self.root / prefix
+        for folder, directories, files in os.walk(base):
+            directories.sort()
+            for name in sorted(files):
+                path = Path(folder, name)
+                key = str(path.relative_to(self.root))
+                if not _KEY.fullmatch(key):
+                    continue
+                try:
+                    yield key, path.lstat().st_size
+                except FileNotFoundError:
+                    continue
+
+    def delete(self, key: str) -> None:
+        """Delete durably; no error if it is gone."""
+        path = self.path(key)
+        with self._lock:
+            shared = self._open.pop(key, None)
+        if shared is not None:
+            shared.release()
+        try:
+            if path.parent.is_dir():
+                durable.remove(path)
+        except OSError as error:
+            raise errors.from_os_error(error, f"deleting {path}") from error
+
+    def sweep(self, *, dry_run: bool = False) -> tuple[int, int]:
+        """Remove what interrupted writers left: ``(files, bytes)``.  The caller holds the store exclusively.
+
+        A temporary file whose writer is alive is locked and stays.
+        """
+        count = total = 0
+        for path in [*self.root.glob("tmp/*.part"), *self.root.rglob(".tmp-*")]:
+            size = _residue(path, dry_run)
+            if size is not None:
+                count, total = count + 1, total + size
+        return count, total
+
+    def close(self) -> None:
+        with self._lock:
+            shared, self._open = list(self._open.values()), OrderedDict()
+        for entry in shared:
+            entry.release()
+
+    def _borrow(self, key: str) -> _Shared:
+        """An open descriptor with one more reference; ``with`` gives it back."""
+        with self._lock:
+            shared = self._open.get(key)
+            if shared is not None:
+                self._open.move_to_end(key)
+                shared.acquire()
+                return shared
+        path = self.path(key)
+        fresh = _Shared(durable.open_checked(path, os.O_RDONLY, "store object"))
+        fresh.acquire()
+        with self._lock:
+            old = self._open.pop(key, None)
+            self._open[key] = fresh
+            evicted = [self._open.popitem(last=False)[1]] if len(self._open) > _OPEN_FILES else []
+        for entry in [*evicted, *([old] if old else [])]:
+            entry.release()
+        return fresh
+
+
+class _Shared:
+    """A descriptor with a count of its users: closed when the last one has gone."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._users = 1
+        self._lock = threading.Lock()
+
+    def acquire(self) -> None:
+        with self._lock:
+            self._users += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            last = self._users == 0
+        if last:
+            os.close(self.descriptor)
+
+    def __enter__(self) -> _Shared:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class LocalAppender:
+    """A file in ``tmp/``, locked while its writer lives, renamed to its key by ``commit``."""
+
+    def __init__(self, temporary: Path, path: Path) -> None:
+        self._temporary, self._path = temporary, path
+        self.size = 0
+        self._started = 0
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._descriptor = os.open(temporary, flags, 0o600)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def append(self, buffers: Sequence[bytes | memoryview]) -> None:
+        """Append all *buffers*, in as few calls as the system allows."""
+        try:
+            for start in range(0, len(buffers), _IOV):
+                self._write(list(buffers[start : start + _IOV]))
+            self._start_writeback()
+        except OSError as error:
+            raise errors.from_os_error(
+                error, f"writing {self._path.name} in the store {self._path.parents[2]}"
+            ) from error
+
+    def commit(self) -> None:
+        """Data durable, then the name; the object exists afterwards, also after a power cut."""
+        try:
+            os.fsync(self._descriptor)
+            durable.publish(self._temporary, self._path)
+        except OSError as error:
+            self.abort()
+            raise errors.from_os_error(error, f"making {self._path} durable") from error
+        self._close()
+
+    def abort(self) -> None:
+        self._temporary.unlink(missing_ok=True)
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _write(self, buffers: list[bytes | memoryview]) -> None:
+        while buffers:
+            written = os.writev(self._descriptor, buffers)
+            self.size += written
+            while buffers and written >= len(buffers[0]):
+                written -= len(buffers[0])
+                buffers.pop(0)
+            if written:
+                buffers[0] = memoryview(buffers[0])[written:]
+
+    def _start_writeback(self) -> None:
+        """Ask the kernel to begin writing; a hint, so its failure is no error (the fsync will tell)."""
+        if self.size - self._started >= _WRITEBACK:
+            length = self.size - self._started
+            _libc.sync_file_range(
+                self._descriptor, ctypes.c_int64(self._started), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE
+            )
+            self._started = self.size
+
+
+def _residue(path: Path, dry_run: bool) -> int | None:
+    """Remove *path* unless a living writer has it locked; its size, or None."""
+    try:
+        descriptor = durable.open_checked(path, os.O_RDONLY, "temporary file")
+    except errors.BlkckptError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not dry_run:
+            path.unlink(missing_ok=True)
+        return os.fstat(descriptor).st_size
+    except BlockingIOError:
+        return None
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,94 @@
+"""Hashing and compressing one chunk.
+
+lz4's block decoder bounds its output but does not detect a flipped literal, and a short output is no error to it;
+so the length is compared and the hash of the raw bytes is the judge (rules S3 and S4).  The interpreter lock is
+released by the hashes, by lz4 and by the zero test.
+
+MB/s a core at 64 KiB: blake3 4,100; SHA-256 380 to 1,400 (with the CPU's instructions); lz4 in 450 (text) to 4,300
+(random), out 2,300; zero test by numpy's ``bitwise_or`` 9,800, ``bytes ==`` 2,300 with its copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+from dataclasses import dataclass
+
+import lz4.block
+import numpy as np
+
+from blkckpt import errors
+from blkckpt.store import layout
+
+
+def _sha256(data: bytes | memoryview) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """The hash of a store, with its name."""
+
+    name: str
+    digest: layout.Digest
+
+    def decode(self, payload: bytes | memoryview, raw: int, digest: bytes, what: str) -> bytes:
+        """The raw bytes of a chunk, checked; raises CorruptError naming *what*, never returns wrong bytes."""
+        layout.check_lengths(len(payload), raw, what)
+        data = bytes(payload) if len(payload) == raw else _decompress(payload, raw, what)
+        if self.digest(data) != digest:
+            raise errors.CorruptError(f"{what}: the data does not have its hash {digest.hex()[:16]}…")
+        return data
+
+
+def preferred() -> str:
+    """The hash a new store gets: blake3 where it is installed, else SHA-256."""
+    return "blake3" if importlib.util.find_spec("blake3") else "sha256"
+
+
+def codec(name: str) -> Codec:
+    """The codec of a store whose hash is *name*."""
+    if name == "sha256":
+        return Codec(name, _sha256)
+    if name != "blake3":
+        raise errors.CorruptError(
+            f"the store uses the hash {name[:40]!r}, which this blkckpt does not know; upgrade it"
+        )
+    try:
+        make = importlib.import_module("blake3").blake3
+    except ImportError as error:
+        raise errors.MissingError(
+            "the store uses blake3, and the module is not installed: pip install blake3"
+        ) from error
+
+    def digest(data: bytes | memoryview) -> bytes:
+        result: bytes = make(data).digest()
+        return result
+
+    return Codec(name, digest)
+
+
+def compress(data: bytes | memoryview) -> bytes | memoryview:
+    """*data* as an lz4 block, or *data* itself when that is not smaller."""
+    payload: bytes = lz4.block.compress(data, store_size=False)
+    return payload if len(payload) < len(data) else data
+
+
+def _decompress(payload: bytes | memoryview, raw: int, what: str) -> bytes:
+    try:
+        data: bytes = lz4.block.decompress(payload, uncompressed_size=raw)
+    except (lz4.block.LZ4BlockError, ValueError, OverflowError) as error:
+        raise errors.CorruptError(f"{what}: the compressed data is damaged") from error
+    if len(data) != raw:
+        raise errors.CorruptError(f"{what}: decompressed to {len(data)} bytes instead of {raw}")
+    return data
+
+
+def is_zero(data: bytes | memoryview) -> bool:
+    """Whether *data* (a chunk) is all zeros."""
+    if data[0] or data[-1]:
+        return False
+    even = len(data) & ~7
+    words = np.frombuffer(data, np.uint64, even >> 3)
+    return not (len(words) and np.bitwise_or.reduce(words)) and not any(data[even:])

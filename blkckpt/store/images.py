@@ -1,0 +1,216 @@
+"""Image tables and reading an image.
+
+Opening an image reads its table: a few kilobytes a gigabyte.  Every chunk then costs one entry (of a cached leaf) and
+one ranged read.  An :class:`ImageReader` is immutable but for its caches and may be used from any thread; it is the
+:class:`Source` of a restored disk.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from blkckpt import errors
+from blkckpt.store import layout, packs
+
+_LEAVES_CACHED = 256
+"""28 KiB each, 7 MiB in all: the entries of 8 GiB of image."""
+
+CACHE = 64 << 20
+"""Bytes of chunks an ImageReader keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What writing an image came to.
+
+    ``chunks`` were written (zeros and inherited ones not counted), of which ``new_chunks`` were not in the store;
+    ``new_bytes`` is what the store grew by, packs and table.
+    """
+
+    image: str
+    size: int
+    chunks: int
+    zero_chunks: int
+    new_chunks: int
+    new_bytes: int
+    seconds: float
+
+
+def load_table(store: packs.Packs, image_id: str) -> layout.Table:
+    """Read and check the table of image *image_id*."""
+    key = layout.image_key(layout.check_id(image_id))
+    try:
+        size = store.backend.size(key)
+    except errors.NotFoundError as error:
+        raise errors.NotFoundError(f"image {image_id} is not in the store") from error
+    largest = layout.IMAGE_HEADER.size + layout.MAX_LABEL + layout.leaf_count(layout.MAX_IMAGE) * layout.ENTRY.size
+    if size > largest + layout.HASH:
+        raise errors.CorruptError(f"image {image_id}: its table of {size} bytes is longer than any can be")
+    return layout.decode_table(store.backend.get(key, 0, size), image_id, store.codec.digest)
+
+
+def read_leaf(store: packs.Packs, table: layout.Table, leaf: int) -> layout.Array:
+    """The checked entries of leaf number *leaf*."""
+    entry = layout.entry_at(table.leaves, leaf)
+    if not entry.raw:
+        return np.zeros(layout.leaf_entries(table.size, leaf), layout.ENTRY_TYPE)
+    what = f"image {table.image_id} leaf {leaf}"
+    return layout.decode_leaf(store.read(entry, what), table.size, leaf, f"image {table.image_id}")
+
+
+class ImageReader:
+    """Reads one image.  Thread-safe.  Every byte returned has had its hash checked (rule S3)."""
+
+    def __init__(self, store: packs.Packs, table: layout.Table, *, cache: int = CACHE) -> None:
+        self.table = table
+        self.size = table.size
+        self._packs = store
+        self._lock = threading.Lock()
+        self._leaves: OrderedDict[int, layout.Array] = OrderedDict()
+        self._chunks: OrderedDict[int, bytes] = OrderedDict()
+        self._limit = max(cache // layout.CHUNK, 1)
+
+    @property
+    def image_id(self) -> str:
+        return self.table.image_id
+
+    @property
+    def chunks(self) -> int:
+        """The number of chunks of the image."""
+        return self.table.chunks
+
+    def read(self, offset: int, length: int) -> bytes:
+        """*length* bytes at *offset*; InputError outside of the image, CorruptError rather than a wrong byte."""
+        self._check(offset, length)
+        if not length:
+            return b""
+        first, last = offset // layout.CHUNK, (offset + length - 1) // layout.CHUNK
+        parts = self._get(range(first, last + 1))
+        begin = offset - first * layout.CHUNK
+        if len(parts) == 1:
+            return parts[0] if length == len(parts[0]) else parts[0][begin : begin + length]
+        parts[0] = parts[0][begin:]
+        parts[-1] = parts[-1][: offset + length - last * layout.CHUNK]
+        return b"".join(parts)
+
+    def chunk(self, number: int) -> bytes:
+        """The raw bytes of chunk *number* (64 KiB; less for the last one of an odd image)."""
+        if not 0 <= number < self.chunks:
+            raise errors.InputError(f"image {self.image_id} has no chunk {number}")
+        return self._get(range(number, number + 1))[0]
+
+    def entries(self, leaf: int) -> layout.Array:
+        """The entries of leaf number *leaf* (``layout.ENTRY_TYPE``); do not modify."""
+        with self._lock:
+            found = self._leaves.get(leaf)
+            if found is not None:
+                self._leaves.move_to_end(leaf)
+                return found
+        entries = read_leaf(self._packs, self.table, leaf)
+        with self._lock:
+            self._leaves[leaf] = entries
+            if len(self._leaves) > _LEAVES_CACHED:
+                self._leaves.popitem(last=False)
+        return entries
+
+    def entry(self, number: int) -> layout.Entry:
+        """Where chunk *number* is."""
+        return layout.entry_at(self.entries(number // layout.LEAF), number % layout.LEAF)
+
+    def chunk_hashes(self, first: int, count: int) -> list[bytes]:
+        """The hashes of chunks [first, first + count); zero chunks have the hash of 32 zero bytes."""
+        return [self.entry(number).hash for number in range(first, first + count)]
+
+    def extents(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        """``(offset, length, is_zero)``, in order, covering exactly the range; neighbours differ."""
+        self._check(offset, length)
+        end = offset + length
+        start, state = offset, None
+        for position, zero in self._changes(offset, end):
+            if zero is state:
+                continue
+            if state is not None:
+                yield start, position - start, state
+            start, state = position, zero
+        if state is not None:
+            yield start, end - start, state
+
+    def _changes(self, offset: int, end: int) -> Iterator[tuple[int, bool]]:
+        """Positions at which a run of zero or non-zero chunks begins (two like runs may follow each other)."""
+        span = layout.CHUNK * layout.LEAF
+        for leaf in range(offset // span, -(-end // span)):
+            base = leaf * span
+            if not self.table.leaves["raw"][leaf]:
+                yield max(base, offset), True
+                continue
+            zero = self.entries(leaf)["raw"] == 0
+            low = max(offset - base, 0) // layout.CHUNK
+            high = -(-(min(end, base + span) - base) // layout.CHUNK)
+            part = zero[low:high]
+            starts = np.concatenate((np.zeros(1, np.int64), np.flatnonzero(np.diff(part)) + 1))
+            for index in starts.tolist():
+                yield max(base + (low + index) * layout.CHUNK, offset), bool(part[index])
+
+    def _check(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise errors.InputError(f"image {self.image_id}: {length} bytes at {offset} are outside of its {self.size}")
+
+    def _get(self, numbers: range) -> list[bytes]:
+        """The chunks *numbers*, from the cache or the packs."""
+        found: dict[int, bytes] = {}
+        with self._lock:
+            for number in numbers:
+                data = self._chunks.get(number)
+                if data is not None:
+                    self._chunks.move_to_end(number)
+                    found[number] = data
+        wanted = [number for number in numbers if number not in found]
+        if wanted:
+            fresh = self._fetch(wanted)
+            found |= fresh
+            self._remember(fresh)
+        return [found[number] for number in numbers]
+
+    def _fetch(self, numbers: Sequence[int]) -> dict[int, bytes]:
+        found: dict[int, bytes] = {}
+        wanted: list[tuple[int, layout.Entry]] = []
+        for number in numbers:
+            entry = self.entry(number)
+            if entry.raw:
+                wanted.append((number, entry))
+            else:
+                length = layout.chunk_length(self.size, number)
+                found[number] = layout.ZERO_CHUNK if length == layout.CHUNK else bytes(length)
+        what = f"image {self.image_id}"
+        payloads = self._packs.payloads([entry for _, entry in wanted], f"{what} chunk {numbers[0]}…")
+        for (number, entry), (_, payload) in zip(wanted, payloads, strict=True):
+            place = f"{what} chunk {number} (pack {entry.pack:016x} at {entry.offset})"
+            found[number] = self._packs.codec.decode(payload, entry.raw, entry.hash, place)
+        return found
+
+    def _remember(self, fresh: dict[int, bytes]) -> None:
+        with self._lock:
+            for number, data in fresh.items():
+                if data is not layout.ZERO_CHUNK:
+                    self._chunks[number] = data
+            while len(self._chunks) > self._limit:
+                self._chunks.popitem(last=False)
+
+
+def changed(old: ImageReader, new: ImageReader) -> Iterator[tuple[int, int]]:
+    """``(first chunk, count)`` of the runs in which two images of one size differ; reads no data, only leaves."""
+    if old.size != new.size:
+        raise errors.InputError(f"images {old.image_id} and {new.image_id} are not of the same size")
+    before, after = old.table.leaves, new.table.leaves
+    different = np.flatnonzero((before["hash"] != after["hash"]).any(axis=1) | (before["raw"] != after["raw"]))
+    for leaf in different.tolist():
+        left, right = old.entries(leaf), new.entries(leaf)
+        mask = (left["hash"] != right["hash"]).any(axis=1) | (left["raw"] != right["raw"])
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))
+        for low, high in edges.reshape(-1, 2).tolist():
+            yield leaf * layout.LEAF + low, high - low

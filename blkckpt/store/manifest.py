@@ -1,0 +1,305 @@
+"""A checkpoint's manifest: what it consists of and how it came about.  Pure: values and bytes.
+
+The file ``manifests/VM/NAME.json`` is one JSON object in canonical form (sorted keys, no spaces, ASCII), ended by a
+newline, with two members of its own beside the fields of :class:`Manifest`:
+
+* ``requires``: names of incompatible features.  A reader refuses any that it does not know (today: all).
+* ``checksum``: ``sha256:`` and the hex digest of the same object in canonical form without this member.
+
+``version`` is 1; a higher one is refused.  A field that the reader does not know is ignored (and covered by the
+checksum): whoever adds one that must not be ignored names it in ``requires``.  Every field is bounded and checked;
+whatever is wrong is a CorruptError naming the field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from blkckpt import errors, units
+
+VERSION = 1
+MAX_SIZE = 4 << 20
+MAX_BYTES = 1 << 50
+"""Bound of any size in bytes."""
+
+MAX_ITEMS = 4096
+"""Bound of the number of disks, RAM blocks, arguments and notes."""
+
+CONSISTENCY = ("machine", "crash", "filesystem")
+
+_IMAGE = re.compile(r"[0-9a-f]{32}")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class DiskImage:
+    """One disk: the image of its bytes at the instant."""
+
+    name: str
+    image: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class RamBlock:
+    """One of QEMU's RAM blocks (``pc.ram``, ``/rom@etc/acpi/tables``)."""
+
+    name: str
+    size: int
+    page_size: int
+    image: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryImage:
+    """The memory and the device state: RAM blocks, and the stream without their pages (the *skeleton*)."""
+
+    blocks: tuple[RamBlock, ...]
+    skeleton: str
+    skeleton_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class MachineInfo:
+    """How the guest was started."""
+
+    argv: tuple[str, ...]
+    machine_type: str
+    accel: str
+    qemu_version: str
+    ram_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One checkpoint.  ``timings`` are seconds by name, ``notes`` are sentences for the user."""
+
+    vm: str
+    name: str
+    id: str
+    created_ns: int
+    disks: tuple[DiskImage, ...]
+    parent: str | None = None
+    memory: MemoryImage | None = None
+    machine: MachineInfo | None = None
+    consistency: str = "crash"
+    timings: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    notes: tuple[str, ...] = ()
+    version: int = VERSION
+
+    def images(self) -> list[str]:
+        """The ids of every image this checkpoint needs, each once."""
+        found = [disk.image for disk in self.disks]
+        if self.memory:
+            found += [block.image for block in self.memory.blocks] + [self.memory.skeleton]
+        return list(dict.fromkeys(found))
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The file of *manifest*.  Raises InputError if it is not one that :func:`decode` would take."""
+    fields = {
+        "version": VERSION,
+        "requires": [],
+        "vm": manifest.vm,
+        "name": manifest.name,
+        "id": manifest.id,
+        "created_ns": manifest.created_ns,
+        "parent": manifest.parent,
+        "disks": [{"name": d.name, "image": d.image, "size": d.size} for d in manifest.disks],
+        "memory": _encode_memory(manifest.memory),
+        "machine": _encode_machine(manifest.machine),
+        "consistency": manifest.consistency,
+        "timings": dict(manifest.timings),
+        "notes": list(manifest.notes),
+    }
+    try:
+        data = seal(fields)
+        decode(data, f"manifest of {manifest.vm}@{manifest.name}")
+    except (errors.CorruptError, TypeError, ValueError) as error:
+        raise errors.InputError(f"this cannot be a manifest: {error}") from error
+    return data
+
+
+def seal(fields: Mapping[str, Any]) -> bytes:
+    """*fields* in canonical form with their checksum, as a file."""
+    digest = hashlib.sha256(_canonical(fields)).hexdigest()
+    return _canonical({**fields, "checksum": f"sha256:{digest}"}) + b"\n"
+
+
+def decode(data: bytes, what: str) -> Manifest:
+    """Parse a manifest file; raises CorruptError naming *what* and the field."""
+    if len(data) > MAX_SIZE:
+        raise errors.CorruptError(f"{what} is longer than {MAX_SIZE} bytes")
+    try:
+        parsed = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise errors.CorruptError(f"{what} is not JSON: it is torn or not a manifest") from error
+    if not isinstance(parsed, dict):
+        raise errors.CorruptError(f"{what} is not a JSON object")
+    reader = _Reader(parsed, what)
+    version = reader.integer("version", 1, 1 << 30)
+    if version > VERSION or reader.items("requires", _string(64)):
+        raise errors.CorruptError(f"{what} was written by a newer blkckpt (version {version}); upgrade blkckpt")
+    checksum = parsed.pop("checksum", None)
+    try:
+        expected = f"sha256:{hashlib.sha256(_canonical(parsed)).hexdigest()}"
+    except (ValueError, RecursionError) as error:
+        raise errors.CorruptError(f"{what} holds values that no manifest has") from error
+    if checksum != expected or data != _canonical({**parsed, "checksum": checksum}) + b"\n":
+        raise errors.CorruptError(f"{what}: its checksum is wrong")
+    return _manifest(reader)
+
+
+def _canonical(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _encode_memory(memory: MemoryImage | None) -> dict[str, Any] | None:
+    if memory is None:
+        return None
+    blocks = [{"name": b.name, "size": b.size, "page_size": b.page_size, "image": b.image} for b in memory.blocks]
+    return {"blocks": blocks, "skeleton": memory.skeleton, "skeleton_size": memory.skeleton_size}
+
+
+def _encode_machine(machine: MachineInfo | None) -> dict[str, Any] | None:
+    if machine is None:
+        return None
+    return {
+        "argv": list(machine.argv),
+        "machine_type": machine.machine_type,
+        "accel": machine.accel,
+        "qemu_version": machine.qemu_version,
+        "ram_size": machine.ram_size,
+    }
+
+
+def _manifest(reader: _Reader) -> Manifest:
+    consistency = reader.string("consistency", 16)
+    if consistency not in CONSISTENCY:
+        raise reader.bad("consistency")
+    disks = reader.items("disks", _disk)
+    if len({disk.name for disk in disks}) != len(disks):
+        raise reader.bad("disks")
+    return Manifest(
+        vm=reader.name("vm"),
+        name=reader.name("name"),
+        id=reader.image("id"),
+        created_ns=reader.integer("created_ns", 0, 1 << 63),
+        disks=disks,
+        parent=None if reader.get("parent") is None else reader.name("parent"),
+        memory=None if reader.get("memory") is None else _memory(reader.child("memory")),
+        machine=None if reader.get("machine") is None else _machine(reader.child("machine")),
+        consistency=consistency,
+        timings=MappingProxyType(reader.timings()),
+        notes=reader.items("notes", _string(4096)),
+    )
+
+
+def _disk(value: Any, what: str) -> DiskImage:
+    reader = _Reader(value, what)
+    return DiskImage(reader.name("name"), reader.image("image"), reader.integer("size", 0, MAX_BYTES))
+
+
+def _block(value: Any, what: str) -> RamBlock:
+    reader = _Reader(value, what)
+    page_size = reader.integer("page_size", 1, 1 << 30)
+    if page_size & (page_size - 1):
+        raise reader.bad("page_size")
+    name = reader.string("name", 255)
+    if not name or not name.isprintable():
+        raise reader.bad("name")
+    return RamBlock(name, reader.integer("size", 0, MAX_BYTES), page_size, reader.image("image"))
+
+
+def _memory(reader: _Reader) -> MemoryImage:
+    blocks = reader.items("blocks", _block)
+    if len({block.name for block in blocks}) != len(blocks):
+        raise reader.bad("blocks")
+    return MemoryImage(blocks, reader.image("skeleton"), reader.integer("skeleton_size", 0, MAX_BYTES))
+
+
+def _machine(reader: _Reader) -> MachineInfo:
+    return MachineInfo(
+        argv=reader.items("argv", _string(128 << 10)),
+        machine_type=reader.string("machine_type", 256),
+        accel=reader.string("accel", 256),
+        qemu_version=reader.string("qemu_version", 256),
+        ram_size=reader.integer("ram_size", 0, MAX_BYTES),
+    )
+
+
+def _string(limit: int) -> Callable[[Any, str], str]:
+    def parse(value: Any, what: str) -> str:
+        if not isinstance(value, str) or len(value) > limit or "\0" in value:
+            raise errors.CorruptError(f"{what} is not a string of at most {limit} characters")
+        return value
+
+    return parse
+
+
+class _Reader:
+    """Typed access to the members of one JSON object."""
+
+    def __init__(self, fields: Any, what: str) -> None:
+        if not isinstance(fields, dict):
+            raise errors.CorruptError(f"{what} is not an object")
+        self._fields: dict[str, Any] = fields
+        self._what = what
+
+    def bad(self, key: str) -> errors.CorruptError:
+        return errors.CorruptError(
+            f"{self._what}: {key} is missing or not what it can be: {self._fields.get(key)!r:.80}"
+        )
+
+    def get(self, key: str) -> Any:
+        return self._fields.get(key)
+
+    def child(self, key: str) -> _Reader:
+        return _Reader(self.get(key), f"{self._what}: {key}")
+
+    def integer(self, key: str, low: int, high: int) -> int:
+        value = self.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise self.bad(key)
+        return value
+
+    def string(self, key: str, limit: int) -> str:
+        value = self.get(key)
+        if not isinstance(value, str) or len(value) > limit or "\0" in value:
+            raise self.bad(key)
+        return value
+
+    def name(self, key: str) -> str:
+        try:
+            return units.check_name(self.string(key, 64), key)
+        except errors.InputError as error:
+            raise self.bad(key) from error
+
+    def image(self, key: str) -> str:
+        value = self.string(key, 32)
+        if not _IMAGE.fullmatch(value):
+            raise self.bad(key)
+        return value
+
+    def items(self, key: str, parse: Callable[[Any, str], _T]) -> tuple[_T, ...]:
+        value = self.get(key)
+        if not isinstance(value, list) or len(value) > MAX_ITEMS:
+            raise self.bad(key)
+        return tuple(parse(item, f"{self._what}: {key}[{number}]") for number, item in enumerate(value))
+
+    def timings(self) -> dict[str, float]:
+        value = self.get("timings")
+        if not isinstance(value, dict) or len(value) > MAX_ITEMS:
+            raise self.bad("timings")
+        for name, seconds in value.items():
+            number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+            if len(name) > 64 or not number or not math.isfinite(seconds):
+                raise self.bad("timings")
+        return {name: float(seconds) for name, seconds in value.items()}

@@ -1,0 +1,290 @@
+"""The store: images and manifests in one directory.  Chapter: the docstring of :mod:`blkckpt.store`."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from blkckpt import durable, errors, paths, units
+from blkckpt.store import backend, codec, collect, images, index, layout, lock, packs, pins, writer
+from blkckpt.store import manifest as manifest_format
+
+_OURS = {"store.json", "lock", "packs", "images", "manifests", "pins", "tmp", "index"}
+
+
+class Store:
+    """One store.  Thread-safe; any number of processes may have it open.
+
+    Whoever writes images in *another* process than the one that puts the manifest holds the store with
+    :meth:`hold` from before the first image until the manifest: an image without a manifest is garbage, and only
+    the hold keeps a collection from taking it.  Within one process the writers do so themselves.
+    """
+
+    def __init__(self, path: Path, info: layout.StoreInfo, where: backend.LocalBackend) -> None:
+        """Use :meth:`open` or :meth:`init`."""
+        self.path, self.info, self._backend = path, info, where
+        self.packs = packs.Packs(where, codec.codec(info.hash_name), info.id)
+        self.index = index.ChunkIndex(path / "index", info.id, self.packs.ids)
+        self._lock = threading.RLock()
+        self._hold: lock.Hold | None = None
+        self._writers = 0
+        self._unpublished: set[str] = set()
+
+    @classmethod
+    def init(cls, path: str | Path, *, hash_name: str | None = None) -> Store:
+        """Make a new store at *path* (created 0700); StateError if there is one already."""
+        root = Path(path)
+        paths.private_directory(root)
+        strange = sorted(p.name for p in root.iterdir() if p.name not in _OURS and not p.name.startswith(".tmp-"))
+        if strange:
+            raise errors.InputError(f"{root} is not empty ({strange[0]!r} is there); give an empty directory")
+        info = layout.StoreInfo(
+            secrets.token_bytes(16), codec.codec(hash_name or codec.preferred()).name, time.time_ns()
+        )
+        try:
+            durable.create_file(root / "store.json", layout.encode_store(info))
+        except FileExistsError as error:
+            raise errors.StateError(f"there is a store at {root} already") from error
+        except OSError as error:
+            raise errors.from_os_error(error, f"creating a store at {root}") from error
+        return cls.open(root)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """Open the store at *path*; NotFoundError, AccessError, or CorruptError for a damaged or newer one."""
+        root = Path(path)
+        if not (root / "store.json").exists():
+            raise errors.NotFoundError(f"there is no checkpoint store at {root}")
+        paths.private_directory(root)
+        info = layout.decode_store(durable.read_small(root / "store.json", "store", 64 << 10), str(root))
+        return cls(root, info, backend.LocalBackend(root))
+
+    @classmethod
+    def open_or_init(cls, path: str | Path) -> Store:
+        """Open the store at *path*, which is made if it is not there."""
+        try:
+            return cls.open(path)
+        except errors.NotFoundError:
+            pass
+        try:
+            return cls.init(path)
+        except errors.StateError:  # another process was faster
+            return cls.open(path)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up what is not published, and every descriptor."""
+        with self._lock:
+            self._unpublished.clear()
+            self._writers = 0
+            self._release()
+        self.index.close()
+        self._backend.close()
+
+    # --- images
+
+    def image_writer(
+        self,
+        size: int,
+        *,
+        parent: str | None = None,
+        kind: str = "disk",
+        label: str = "",
+        workers: int | None = None,
+    ) -> writer.ImageWriter:
+        """Begin an image of *size* bytes; with a *parent* (of the same size) unwritten chunks are the parent's."""
+        if not 0 <= size <= layout.MAX_IMAGE:
+            raise errors.InputError(
+                f"an image cannot have {size} bytes; the most is {units.format_size(layout.MAX_IMAGE)}"
+            )
+        self._begin()
+        try:
+            above = self.image(parent) if parent else None
+            if above and above.size != size:
+                raise errors.InputError(f"parent image {parent} has {above.size} bytes, the new image {size}")
+            return writer.ImageWriter(
+                writer.Resources(self.packs, self.index),
+                size, parent=above, kind=kind, label=label, done=self._end, workers=workers,
+            )  # fmt: skip
+        except BaseException:
+            self._end(None)
+            raise
+
+    def image(self, image_id: str, *, cache: int = images.CACHE) -> images.ImageReader:
+        """Open an image for reading; *cache* is the bytes of chunks to keep."""
+        return images.ImageReader(self.packs, images.load_table(self.packs, image_id), cache=cache)
+
+    def image_ids(self) -> Iterator[str]:
+        """Every image in the store, whether a manifest names it or not."""
+        return collect.image_ids(self._backend)
+
+    # --- manifests
+
+    def put_manifest(self, m: manifest_format.Manifest) -> None:
+        """Publish a checkpoint: the only commit point (rule S1).
+
+        Checks before that every image it names is there, with the right size (rule S2).  StateError if the VM has a
+        checkpoint of this name.
+        """
+        data = manifest_format.encode(m)
+        with self.hold():
+            for image_id, size in _sizes(m):
+                self._check_image(m, image_id, size)
+            try:
+                self._backend.put(_manifest_key(m.vm, m.name), data, exclusive=True)
+            except FileExistsError as error:
+                raise errors.StateError(f"{m.vm} has a checkpoint {m.name} already; choose another name") from error
+            with self._lock:
+                self._unpublished -= set(m.images())
+
+    def manifest(self, vm: str, name: str) -> manifest_format.Manifest:
+        """The manifest of checkpoint *name* of *vm*."""
+        path = self._backend.path(_manifest_key(vm, name))
+        what = f"manifest of {vm}@{name}"
+        try:
+            data = durable.read_small(path, what, manifest_format.MAX_SIZE)
+        except errors.NotFoundError as error:
+            raise errors.NotFoundError(f"{vm} has no checkpoint {name} in the store {self.path}") from error
+        found = manifest_format.decode(data, what)
+        if (found.vm, found.name) != (vm, name):
+            raise errors.CorruptError(f"{what} is that of {found.vm}@{found.name}")
+        return found
+
+    def names(self, vm: str | None = None) -> list[tuple[str, str]]:
+        """``(vm, checkpoint)`` of every manifest, sorted, without reading them."""
+        if vm is not None:
+            units.check_name(vm, "VM name")
+        return list(collect.manifest_names(self._backend, vm))
+
+    def manifests(self, vm: str | None = None) -> list[manifest_format.Manifest]:
+        """Every manifest (of *vm*), oldest first.  CorruptError if one is damaged; :meth:`names` still lists it."""
+        found = []
+        for owner, name in self.names(vm):
+            try:
+                found.append(self.manifest(owner, name))
+            except errors.NotFoundError:
+                continue  # removed meanwhile
+        return sorted(found, key=lambda m: (m.created_ns, m.vm, m.name))
+
+    def remove(self, vm: str, name: str) -> None:
+        """Remove a checkpoint, damaged or not; its data goes with the next :meth:`collect` (rule S5)."""
+        key = _manifest_key(vm, name)
+        if not self._backend.exists(key):
+            raise errors.NotFoundError(f"{vm} has no checkpoint {name} in the store {self.path}")
+        self._backend.delete(key)
+
+    # --- pins: images in use without a manifest (a restored disk that is not yet filled)
+
+    def pin(self, owner: str, image_ids: Iterable[str]) -> None:
+        """Keep *image_ids* from collection until :meth:`unpin`; replaces what *owner* had pinned.  Durable."""
+        with self.hold():
+            wanted = list(dict.fromkeys(image_ids))
+            for image_id in wanted:
+                images.load_table(self.packs, image_id)
+            self._backend.put(pins.key(owner), pins.encode(owner, wanted))
+
+    def unpin(self, owner: str) -> None:
+        """Let go of what *owner* pinned; no error if that is nothing."""
+        self._backend.delete(pins.key(owner))
+
+    def pins(self) -> dict[str, list[str]]:
+        """What is pinned: owner → images."""
+        return pins.load(self._backend)
+
+    # --- upkeep
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep collections out: for the process that will put the manifest of what its children write."""
+        self._begin()
+        try:
+            yield
+        finally:
+            self._end(None)
+
+    def collect(
+        self, *, dry_run: bool = False, progress: collect.Progress | None = None, timeout: float = 10.0
+    ) -> collect.CollectReport:
+        """Delete images and packs that no manifest and no pin needs, and what killed writers left.
+
+        StateError if a writer is at work for longer than *timeout*; CorruptError, and nothing is deleted, if a
+        manifest or table cannot be read: what it needs is then not known.
+        """
+        with self._lock:
+            if self._hold is not None:
+                raise errors.StateError("this process is writing a checkpoint; collect when it has finished")
+        return collect.run(
+            self.packs, self.index, self.path / "lock", dry_run=dry_run, progress=progress, timeout=timeout
+        )
+
+    def rebuild_index(self) -> int:
+        """Make the deduplication index anew from the packs; returns the number of packs."""
+        with self.hold():
+            return self.index.rebuild(collect.records_of(self.packs))
+
+    # --- the hold
+
+    def _begin(self) -> None:
+        with self._lock:
+            if self._hold is None:
+                self._hold = lock.shared(self.path / "lock")
+                try:
+                    self.index.reconcile(collect.records_of(self.packs))
+                except BaseException:
+                    self._release()
+                    raise
+            self._writers += 1
+
+    def _end(self, image: str | None) -> None:
+        """A writer has finished *image*, or has given up."""
+        with self._lock:
+            self._writers = max(self._writers - 1, 0)
+            if image:
+                self._unpublished.add(image)
+            if not self._writers and not self._unpublished:
+                self._release()
+
+    def abandon(self) -> None:
+        """The checkpoint will not be: its finished images are garbage from now on."""
+        with self._lock:
+            self._unpublished.clear()
+            if not self._writers:
+                self._release()
+
+    def _release(self) -> None:
+        if self._hold is not None:
+            self._hold.release()
+            self._hold = None
+
+    def _check_image(self, m: manifest_format.Manifest, image_id: str, size: int) -> None:
+        table = images.load_table(self.packs, image_id)
+        if table.size != size:
+            raise errors.InputError(
+                f"manifest {m.vm}@{m.name}: image {image_id} has {table.size} bytes, the manifest says {size}"
+            )
+        for pack in {int(pack) for pack in table.leaves["pack"]} - {0}:
+            if not self.packs.exists(pack):
+                raise errors.CorruptError(f"image {image_id} needs pack {pack:016x}, which is not in the store")
+
+
+def _manifest_key(vm: str, name: str) -> str:
+    return f"manifests/{units.check_name(vm, 'VM name')}/{units.check_name(name, 'checkpoint name')}.json"
+
+
+def _sizes(m: manifest_format.Manifest) -> Iterator[tuple[str, int]]:
+    """Every image of a manifest with the size that it must have."""
+    for disk in m.disks:
+        yield disk.image, disk.size
+    if m.memory:
+        for block in m.memory.blocks:
+            yield block.image, block.size
+        yield m.memory.skeleton, m.memory.skeleton_size
