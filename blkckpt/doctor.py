@@ -18,7 +18,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import struct
 import subprocess
 import sys
@@ -30,7 +29,8 @@ from pathlib import Path
 from types import ModuleType
 
 import blkckpt
-from blkckpt import paths, units
+from blkckpt import errors, paths, units
+from blkckpt.agent import nbdserver, rundir
 
 PROBE_TIMEOUT = 20.0
 """Seconds for a program to tell its version; a cold disk under load takes one or two."""
@@ -38,11 +38,8 @@ PROBE_TIMEOUT = 20.0
 LOW_SPACE = 5 << 30
 """Below this much free space the home warns: one checkpoint of a small guest with memory can need it."""
 
-MODULES = ("lz4.block", "numpy", "blkckpt.paths")
+MODULES = ("lz4.block", "numpy", "blkckpt.control.host", "blkckpt.store.store")
 """What the plugin and its helpers import in nbdkit's interpreter."""
-
-PLUGIN_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-"""nbdkit takes ``sys.prefix`` from the first ``python3`` on PATH, so an activated environment changes it."""
 
 
 class Status(enum.Enum):
@@ -82,7 +79,7 @@ def examine(home: paths.Home) -> Iterator[Finding]:
     for name, check in checks:
         try:
             yield check()
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
+        except (OSError, ValueError, subprocess.SubprocessError, errors.BlkckptError) as error:
             yield Finding(name, Status.WARN, f"could not be checked: {error}", "run with --debug and report this")
 
 
@@ -99,15 +96,15 @@ def nbdkit() -> Finding:
     text = _output(["nbdkit", "--version"])
     if text is None:
         return Finding("nbdkit", Status.FAIL, "not installed", "apt install nbdkit nbdkit-plugin-python")
-    return Finding("nbdkit", Status.OK, f"{text.strip()} ({shutil.which('nbdkit', path=PLUGIN_PATH)})")
+    return Finding("nbdkit", Status.OK, f"{text.strip()} ({shutil.which('nbdkit', path=nbdserver.CLEAN_PATH)})")
 
 
 def nbdkit_interpreter() -> Finding:
     """The embedded interpreter: same major.minor as ours, and everything importable there."""
     name = "nbdkit python plugin"
-    if shutil.which("nbdkit", path=PLUGIN_PATH) is None:
+    if shutil.which("nbdkit", path=nbdserver.CLEAN_PATH) is None:
         return Finding(name, Status.FAIL, "no nbdkit", "apt install nbdkit nbdkit-plugin-python")
-    probe = probe_plugin(_site_directories())
+    probe = probe_plugin(sysconfig.get_path("purelib"))
     if probe is None:
         return Finding(name, Status.FAIL, "nbdkit cannot load it", "apt install nbdkit-plugin-python")
     version = f"Python {probe.major}.{probe.minor}"
@@ -122,7 +119,11 @@ def nbdkit_interpreter() -> Finding:
     if probe.missing:
         found = f"{version} cannot import {', '.join(probe.missing)}"
         return Finding(name, Status.FAIL, found, _install_modules(probe.missing))
-    return Finding(name, Status.OK, f"{version}, imports {', '.join(MODULES)}")
+    try:
+        plugin = nbdserver.plugin_path()
+    except errors.MissingError as error:
+        return Finding(name, Status.FAIL, str(error), "install blkckpt again")
+    return Finding(name, Status.OK, f"{version} imports all of {plugin}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +136,11 @@ class Probe:
 
 
 _PROBE = """\
-import importlib, json, os, sys
-sys.path[:0] = {directories!r}
+import importlib, json, os, site, sys
+before = list(sys.path)
+sys.path[:] = []
+site.addsitedir({directory!r})
+sys.path += before
 missing = []
 for name in {modules!r}:
     try:
@@ -148,14 +152,14 @@ os._exit(0)
 """
 
 
-def probe_plugin(directories: tuple[str, ...], modules: tuple[str, ...] = MODULES) -> Probe | None:
-    """Let nbdkit's interpreter import *modules* with *directories* first on its path; None if it does not run.
+def probe_plugin(directory: str, modules: tuple[str, ...] = MODULES) -> Probe | None:
+    """Let nbdkit's interpreter import *modules* as our plugin does, *directory* first; None if it does not run.
 
     The script ends the process while nbdkit reads its configuration: no socket has been made by then.
     """
-    with tempfile.TemporaryDirectory(prefix="blkckpt-doctor-") as directory:
-        script = Path(directory) / "probe.py"
-        script.write_text(_PROBE.format(directories=list(directories), modules=list(modules)))
+    with tempfile.TemporaryDirectory(prefix="blkckpt-doctor-") as temporary:
+        script = Path(temporary) / "probe.py"
+        script.write_text(_PROBE.format(directory=directory, modules=list(modules)))
         text = _output(["nbdkit", "-f", "python", str(script)])
     try:
         answer = json.loads(text or "")
@@ -327,13 +331,26 @@ def free_space(home: paths.Home) -> Finding:
 
 
 def leftovers(home: paths.Home) -> Finding:
-    """Sockets that nobody answers on: their supervisor was killed."""
-    dead = [path for path in sorted(home.run.glob("*/*.sock")) if not _answers(path)]
-    if dead:
-        found = f"{len(dead)} dead socket{'s' if len(dead) > 1 else ''}: {', '.join(map(str, dead[:4]))}"
-        advice = "the next 'blkckpt run' or 'blkckpt serve' of that VM takes them over; or remove them"
-        return Finding("leftovers", Status.WARN, found, advice)
+    """What a killed supervisor left behind: sockets that nobody answers on, processes that nobody looks after."""
+    runs = [home.vm(path.name) for path in sorted(home.run.glob("*")) if units.NAME.fullmatch(path.name)]
+    dead = [vm for vm in runs if rundir.find(vm) is None]
+    children = [f"{vm.name}: pid {process.pid}" for vm in dead for process in _orphans(vm)]
+    sockets = [str(path) for vm in dead for path in sorted(vm.run.glob("*.sock"))]
+    if children:
+        advice = "`blkckpt stop VM` ends them; a running QEMU loses its disks until `blkckpt run` or 'serve' is back"
+        return Finding("leftovers", Status.WARN, f"without a supervisor: {', '.join(children)}", advice)
+    if sockets:
+        found = f"{len(sockets)} dead socket{'s' if len(sockets) > 1 else ''}: {', '.join(sockets[:4])}"
+        return Finding("leftovers", Status.WARN, found, "harmless: the next `blkckpt run` or 'serve' replaces them")
     return Finding("leftovers", Status.OK, "none")
+
+
+def _orphans(vm: paths.VmPaths) -> list[rundir.Process]:
+    try:
+        known = rundir.read(vm)
+    except errors.BlkckptError:
+        return []
+    return [process for process in (known.server, known.machine) if process and process.alive] if known else []
 
 
 def filesystem(path: Path) -> str:
@@ -352,24 +369,14 @@ def _existing(path: Path) -> Path:
     return path if path.exists() or path == path.parent else _existing(path.parent)
 
 
-def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-    return True
-
-
 def _output(command: list[str]) -> str | None:
     """What *command* prints in the environment that the launcher gives nbdkit; None if it fails or is not there."""
-    program = shutil.which(command[0], path=PLUGIN_PATH)
+    program = shutil.which(command[0], path=nbdserver.CLEAN_PATH)
     if program is None:
         return None
     result = subprocess.run(
         [program, *command[1:]],
-        env={"PATH": PLUGIN_PATH, "LC_ALL": "C.UTF-8"},
+        env=nbdserver.clean_environment({"LC_ALL": "C.UTF-8"}),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -377,12 +384,6 @@ def _output(command: list[str]) -> str | None:
         check=False,
     )
     return result.stdout if result.returncode == 0 else None
-
-
-def _site_directories() -> tuple[str, ...]:
-    """Where this package and its dependencies are, for another interpreter's path."""
-    own = Path(blkckpt.__file__).parent.parent
-    return tuple(dict.fromkeys([sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), str(own)]))
 
 
 def _import(name: str) -> ModuleType | None:

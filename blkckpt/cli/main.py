@@ -113,7 +113,7 @@ def command(ctx: click.Context, home: str | None, verbose: int, quiet: bool, deb
     blkckpt checkpoint web --name before-upgrade
     blkckpt restore web@before-upgrade --as web-copy
 
-    'blkckpt VERB --help' has examples for each verb; 'blkckpt doctor' says whether this machine is ready.
+    `blkckpt VERB --help` has examples for each verb; `blkckpt doctor` says whether this machine is ready.
     """
     log.setup((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)], as_json=False)
     ctx.obj = session.Session(paths.home(home), quiet=quiet)

@@ -42,7 +42,7 @@ def parse_target(text: str) -> Target:
     if target.checkpoint is None:
         raise errors.InputError(
             f"{text!r} names a VM but no checkpoint: write {text}@NAME or {text}@{LATEST} "
-            f"('blkckpt list {text}' shows the names)"
+            f"(`blkckpt list {text}` shows the names)"
         )
     return target
 

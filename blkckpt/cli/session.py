@@ -1,12 +1,23 @@
-"""What every verb starts from: the home, its VMs, its store."""
+"""What every verb starts from: the home, its VMs, their stores, the checkpoints in them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from blkckpt import paths
-from blkckpt.cli import progress
+from blkckpt import errors, paths
+from blkckpt.agent import rundir
+from blkckpt.cli import names, progress
+from blkckpt.store import manifest, store
 from blkckpt.vm import definition
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A checkpoint and the store it is in."""
+
+    store: store.Store
+    manifest: manifest.Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,10 +27,68 @@ class Session:
     home: paths.Home
     quiet: bool = False
 
+    def reporter(self) -> progress.Reporter:
+        return progress.reporter(quiet=self.quiet)
+
+    # VMs
+
     def vm(self, name: str) -> tuple[paths.VmPaths, definition.VmDefinition]:
         """The VM called *name*, which must be defined."""
         vm = self.home.vm(name)
         return vm, definition.load(vm)
 
-    def reporter(self) -> progress.Reporter:
-        return progress.reporter(quiet=self.quiet)
+    def is_running(self, vm: paths.VmPaths) -> bool:
+        """Whether a supervisor serves the disks of *vm*."""
+        return rundir.find(vm) is not None
+
+    # Stores
+
+    def store_path(self, name: str | None) -> Path:
+        """Where the checkpoints of VM *name* are kept; the home's store for None and for a VM not defined here."""
+        if name is not None and name in self.home.vm_names():
+            chosen = definition.load(self.home.vm(name)).store
+            return Path(chosen) if chosen else self.home.store
+        return self.home.store
+
+    def store_for_writing(self, name: str) -> store.Store:
+        """The store of VM *name*, made now if there is none yet."""
+        return store.Store.open_or_init(self.store_path(name))
+
+    def stores(self, name: str | None = None) -> list[store.Store]:
+        """The stores that are there: of VM *name*, or of all VMs and the home."""
+        wanted = [None, *self.home.vm_names()] if name is None else [name]
+        found = dict.fromkeys(self.store_path(one) for one in wanted)
+        return [store.Store.open(path) for path in found if path.exists()]
+
+    def checkpoints(self, name: str | None = None) -> list[Found]:
+        """The checkpoints of VM *name*, or all, the oldest first.  CorruptError if one cannot be read."""
+        found = [Found(place, one) for place in self.stores(name) for one in place.manifests(name)]
+        return sorted(found, key=lambda one: one.manifest.created_ns)
+
+    def checkpoint(self, target: names.Target) -> Found:
+        """The checkpoint that *target* names; ``latest`` is the newest."""
+        if target.checkpoint == names.LATEST:
+            if known := self.checkpoints(target.vm):
+                return known[-1]
+            raise self._no_checkpoint(target)
+        place, name = self.locate(target)
+        return Found(place, place.manifest(target.vm, name))
+
+    def locate(self, target: names.Target) -> tuple[store.Store, str]:
+        """The store that has the checkpoint, and the checkpoint's name; its manifest need not be readable."""
+        if target.checkpoint == names.LATEST:
+            found = self.checkpoint(target)
+            return found.store, found.manifest.name
+        for place in self.stores(target.vm):
+            if (target.vm, target.checkpoint) in place.names(target.vm):
+                assert target.checkpoint is not None
+                return place, target.checkpoint
+        raise self._no_checkpoint(target)
+
+    def _no_checkpoint(self, target: names.Target) -> errors.NotFoundError:
+        if any(place.names(target.vm) for place in self.stores(target.vm)):
+            hint = f"`blkckpt list {target.vm}` shows those there are"
+            return errors.NotFoundError(f"there is no checkpoint {target}; {hint}")
+        if target.vm not in self.home.vm_names():
+            return errors.NotFoundError(f"there is no VM {target.vm}; `blkckpt vm list` shows those there are")
+        return errors.NotFoundError(f"VM {target.vm} has no checkpoint yet; take one: blkckpt checkpoint {target.vm}")

@@ -37,6 +37,11 @@ def _target(_ctx: click.Context, _param: click.Parameter, value: str) -> names.T
     return names.parse_target(value)
 
 
+def targets(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[names.Target, ...]:
+    """Callback of an argument that takes several ``VM@CKPT``, each once."""
+    return tuple(dict.fromkeys(names.parse_target(value) for value in values))
+
+
 def _vm_or_target(_ctx: click.Context, _param: click.Parameter, value: str | None) -> names.Target | None:
     return None if value is None else names.parse_vm_or_target(value)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import socket
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 from click import testing
 
 from blkckpt import doctor, paths
+from blkckpt.agent import nbdserver, rundir
 from blkckpt.cli import main
 
 
@@ -24,7 +25,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory that is all of PATH."""
     directory = tmp_path / "bin"
     directory.mkdir()
-    monkeypatch.setattr(doctor, "PLUGIN_PATH", str(directory))
+    monkeypatch.setattr(nbdserver, "CLEAN_PATH", str(directory))
     monkeypatch.setenv("PATH", str(directory))
     return directory
 
@@ -74,7 +75,7 @@ def test_a_plugin_that_does_not_load(programs: Path, answer: str) -> None:
 
 def test_the_real_plugin_reports_what_is_missing() -> None:
     """Through the real nbdkit: an honest list, not the wish."""
-    probe = doctor.probe_plugin((), ("json", "no_such_module"))
+    probe = doctor.probe_plugin("/nonexistent", ("json", "no_such_module"))
     assert probe is not None
     assert probe.missing == ("no_such_module (ModuleNotFoundError)",)
 
@@ -109,17 +110,22 @@ def test_low_space(home: paths.Home, monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.free_space(home).status is doctor.Status.WARN
 
 
-def test_dead_sockets_are_found_and_live_ones_left_out(home: paths.Home) -> None:
-    (home.run / "web").mkdir(parents=True)
+def test_leftovers_of_a_killed_supervisor(home: paths.Home) -> None:
+    vm = home.vm("web")
     assert doctor.leftovers(home).status is doctor.Status.OK
-    dead = home.run / "web/control.sock"
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(dead))
-        server.listen()
-        assert doctor.leftovers(home).status is doctor.Status.OK
+    running = rundir.RunDirectory(vm)
+    with running.listen(vm.control_socket):
+        running.record(rundir.Running(rundir.Process(1, 1), machine=rundir.Process.of(os.getpid())))
+        assert doctor.leftovers(home).status is doctor.Status.OK, "a supervisor holds the lock"
+        running.close(keep_record=True)
+        vm.control_socket.touch()
     finding = doctor.leftovers(home)
     assert finding.status is doctor.Status.WARN
-    assert str(dead) in finding.found
+    assert f"web: pid {os.getpid()}" in finding.found
+    rundir.record_path(vm).unlink()
+    finding = doctor.leftovers(home)
+    assert finding.status is doctor.Status.WARN
+    assert str(vm.control_socket) in finding.found
 
 
 def test_a_check_that_breaks_is_a_finding(home: paths.Home, monkeypatch: pytest.MonkeyPatch) -> None:

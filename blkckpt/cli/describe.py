@@ -1,0 +1,109 @@
+"""A checkpoint as JSON and as text.  Pure."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from blkckpt import units
+from blkckpt.cli import output
+from blkckpt.store import manifest
+
+KEYS = (
+    "vm, name, id, created, parent, consistency: machine|crash|filesystem, notes, size, "
+    "disks: [{name, size, image}], memory: null or {size, state_size, blocks: [{name, size, page_size, image}]}, "
+    "machine: null or {type, accelerator, qemu_version, memory, command}, "
+    "timings: {name: seconds}"
+)
+"""The keys of one checkpoint, as its help lists them."""
+
+
+def keys(one: manifest.Manifest) -> dict[str, Any]:
+    """The JSON of *one* (rule C1)."""
+    return {
+        "vm": one.vm,
+        "name": one.name,
+        "id": one.id,
+        "created": output.timestamp(one.created_ns),
+        "parent": one.parent,
+        "consistency": one.consistency,
+        "notes": list(one.notes),
+        "size": size(one),
+        "disks": [{"name": disk.name, "size": disk.size, "image": disk.image} for disk in one.disks],
+        "memory": None if one.memory is None else _memory(one.memory),
+        "machine": None if one.machine is None else _machine(one.machine),
+        "timings": dict(one.timings),
+    }
+
+
+def text(one: manifest.Manifest) -> str:
+    """The same for people."""
+    head = {
+        "checkpoint": f"{one.vm}@{one.name}",
+        "id": one.id,
+        "taken": output.local_time(one.created_ns),
+        "after": one.parent or "nothing (the first)",
+        "consistency": one.consistency,
+    }
+    if one.machine:
+        head["machine"] = f"{one.machine.machine_type}, {one.machine.accel}, QEMU {one.machine.qemu_version}"
+        head["command"] = shlex.join(one.machine.argv)
+    head |= {"note" if number == 0 else f"note {number + 1}": note for number, note in enumerate(one.notes)}
+    rows = [("disk", disk.name, units.format_size(disk.size), disk.image) for disk in one.disks]
+    if one.memory:
+        rows += [("memory", block.name, units.format_size(block.size), block.image) for block in one.memory.blocks]
+        rows.append(("devices", "", units.format_size(one.memory.skeleton_size), one.memory.skeleton))
+    parts = [output.fields(head), output.table(("WHAT", "NAME", "SIZE", "IMAGE"), rows, right=("SIZE",))]
+    if one.timings:
+        parts.append(timings(one))
+    return "\n\n".join(parts)
+
+
+def timings(one: manifest.Manifest) -> str:
+    """One line a phase, in the order in which the manifest has them."""
+    return output.fields({name.replace("_", " "): units.format_duration(value) for name, value in one.timings.items()})
+
+
+def overview(found: Sequence[manifest.Manifest]) -> str:
+    """One row a checkpoint."""
+    rows = [
+        (
+            f"{one.vm}@{one.name}",
+            output.local_time(one.created_ns),
+            one.consistency,
+            units.format_size(sum(disk.size for disk in one.disks)),
+            units.format_size(_ram(one.memory)) if one.memory else "-",
+            one.parent or "-",
+            one.notes[0] if one.notes else "",
+        )
+        for one in found
+    ]
+    return output.table(("CHECKPOINT", "TAKEN", "KIND", "DISKS", "MEMORY", "AFTER", "NOTE"), rows, ("DISKS", "MEMORY"))
+
+
+def size(one: manifest.Manifest) -> int:
+    """Bytes it stands for: all disks and all memory (not what it costs: chunks are shared and compressed)."""
+    return sum(disk.size for disk in one.disks) + (_ram(one.memory) if one.memory else 0)
+
+
+def _ram(memory: manifest.MemoryImage) -> int:
+    return sum(block.size for block in memory.blocks)
+
+
+def _memory(memory: manifest.MemoryImage) -> dict[str, Any]:
+    blocks = [
+        {"name": block.name, "size": block.size, "page_size": block.page_size, "image": block.image}
+        for block in memory.blocks
+    ]
+    return {"size": _ram(memory), "state_size": memory.skeleton_size, "blocks": blocks}
+
+
+def _machine(machine: manifest.MachineInfo) -> dict[str, Any]:
+    return {
+        "type": machine.machine_type,
+        "accelerator": machine.accel,
+        "qemu_version": machine.qemu_version,
+        "memory": machine.ram_size,
+        "command": list(machine.argv),
+    }

@@ -1,0 +1,59 @@
+"""``blkckpt rm``: remove checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+
+from blkckpt import units
+from blkckpt.cli import names, output, session, verb
+from blkckpt.store import collect as collection
+from blkckpt.store import store
+
+
+@click.command(
+    cls=verb.Verb,
+    examples=(
+        "blkckpt rm web@before-upgrade",
+        "blkckpt rm ci@run-41 ci@run-42 --yes",
+        "blkckpt rm ci@run-43 --yes --no-collect --json",
+    ),
+    keys="removed: [VM@CKPT], collected: null or {images, packs, freed_bytes, live_bytes, dead_bytes}",
+)
+@click.argument("targets", metavar="VM@CKPT…", nargs=-1, required=True, callback=verb.targets)
+@click.option("--collect/--no-collect", default=True, help="Delete at once what no other checkpoint needs [default].")
+@verb.yes_option
+@verb.json_option
+@click.pass_obj
+def command(ours: session.Session, targets: tuple[names.Target, ...], collect: bool, yes: bool, as_json: bool) -> None:
+    """Remove checkpoints, and the data that no other checkpoint and no restored disk needs."""
+    found = [(target.vm, *ours.locate(target)) for target in targets]
+    removed = [f"{vm}@{name}" for vm, _, name in found]
+    verb.confirm(f"Remove {', '.join(removed)}?", yes=yes)
+    for vm, place, name in found:
+        place.remove(vm, name)
+        shutil.rmtree(ours.home.vm(vm).memory / name, ignore_errors=True)
+    reports = _collect({place.path: place for _, place, _ in found}.values()) if collect else None
+    if as_json:
+        output.write_json({"removed": removed, "collected": None if reports is None else _keys(reports)})
+        return
+    output.write(f"removed {', '.join(removed)}")
+    if reports is not None:
+        output.write(f"freed {units.format_size(sum(one.freed_bytes for one in reports))}")
+
+
+def _collect(places: Iterable[store.Store]) -> list[collection.CollectReport]:
+    return [place.collect() for place in places]
+
+
+def _keys(reports: Sequence[collection.CollectReport]) -> dict[str, Any]:
+    return {
+        "images": sum(one.images for one in reports),
+        "packs": sum(one.packs for one in reports),
+        "freed_bytes": sum(one.freed_bytes for one in reports),
+        "live_bytes": sum(one.live_bytes for one in reports),
+        "dead_bytes": sum(one.dead_bytes for one in reports),
+    }

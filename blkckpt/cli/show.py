@@ -1,0 +1,27 @@
+"""``blkckpt show``: one checkpoint."""
+
+from __future__ import annotations
+
+import click
+
+from blkckpt.cli import describe, names, output, session, verb
+
+
+@click.command(
+    cls=verb.Verb,
+    examples=(
+        "blkckpt show web@before-upgrade",
+        "blkckpt show web@latest --json | jq '.timings'",
+    ),
+    keys=describe.KEYS,
+)
+@verb.target_argument
+@verb.json_option
+@click.pass_obj
+def command(ours: session.Session, target: names.Target, as_json: bool) -> None:
+    """Show one checkpoint: its images, how the guest was started, how long each step took."""
+    one = ours.checkpoint(target).manifest
+    if as_json:
+        output.write_json(describe.keys(one))
+    else:
+        output.write(describe.text(one))

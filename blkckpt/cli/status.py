@@ -1,0 +1,119 @@
+"""``blkckpt status``: what runs and what is under way."""
+
+from __future__ import annotations
+
+import urllib.parse
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from blkckpt import errors, paths, units
+from blkckpt.agent import rundir
+from blkckpt.cli import output, run, session, verb
+from blkckpt.control import client
+
+KEYS = (
+    "vms: [{vm, state: running|serving|stopped, supervisor, server, machine, console, log, phase: "
+    "rest|prepared|armed|switched|committing, checkpoint, job: null or {kind, state, done, total}, warning, "
+    "disks: [{name, path, size, uri, overlay_bytes, filled, changed_bytes, reads, writes, read_bytes, written_bytes, "
+    "flushes, error}]}]; null where a VM that does not run has no answer"
+)
+
+
+@click.command(
+    cls=verb.Verb,
+    examples=("blkckpt status", "blkckpt status web", "blkckpt status web --json | jq '.vms[0].phase'"),
+    keys=KEYS,
+)
+@click.argument("name", metavar="[VM]", required=False)
+@verb.json_option
+@click.pass_obj
+def command(ours: session.Session, name: str | None, as_json: bool) -> None:
+    """Show what runs, whether a checkpoint is under way, and how far it is; with a VM, its disks too."""
+    if name is not None:
+        ours.vm(name)
+    found = [_look(ours.home.vm(one)) for one in ([name] if name else ours.home.vm_names())]
+    if as_json:
+        output.write_json({"vms": found})
+        return
+    output.write(_overview(found))
+    if name is not None and found[0]["disks"]:
+        output.write(f"\n{_disks(found[0]['disks'])}")
+
+
+def _look(vm: paths.VmPaths) -> dict[str, Any]:
+    running = rundir.find(vm)
+    if running is None:
+        empty = dict.fromkeys(("supervisor", "server", "machine"))
+        return {"vm": vm.name, "state": "stopped", **empty, **_files(vm), **_group(vm, {})}
+    state = "running" if running.machine else "serving"
+    return {**run.keys(vm, running), "state": state, **_group(vm, _ask(vm))}
+
+
+def _files(vm: paths.VmPaths) -> dict[str, str]:
+    return {"console": str(run.console(vm)), "log": str(vm.log / "nbdkit.log")}
+
+
+def _ask(vm: paths.VmPaths) -> Mapping[str, Any]:
+    """What the disk server says; nothing while it is being started again."""
+    try:
+        with client.Client.connect(vm.control_socket, name="blkckpt status") as peer:
+            return peer.status()
+    except (errors.StateError, client.GoneError):
+        return {"warning": "the disk server is being started"}
+
+
+def _group(vm: paths.VmPaths, status: Mapping[str, Any]) -> dict[str, Any]:
+    job = status.get("job")
+    return {
+        "phase": status.get("state"),
+        "checkpoint": status.get("checkpoint"),
+        "job": None if not job else {key: job.get(key) for key in ("kind", "state", "done", "total")},
+        "warning": status.get("warning") or status.get("violation"),
+        "disks": [_disk(vm, disk) for disk in status.get("disks", ())],
+    }
+
+
+def _disk(vm: paths.VmPaths, disk: Mapping[str, Any]) -> dict[str, Any]:
+    socket = urllib.parse.quote(str(vm.nbd_socket))
+    same = ("name", "path", "size", "filled", "changed_bytes", "reads", "writes", "read_bytes", "written_bytes")
+    return {
+        **{key: disk.get(key) for key in same},
+        "uri": f"nbd+unix:///{disk.get('name')}?socket={socket}",
+        "overlay_bytes": sum(overlay.get("bytes", 0) for overlay in disk.get("overlays", ())),
+        "flushes": disk.get("flushes"),
+        "error": disk.get("error"),
+    }
+
+
+def _overview(found: list[dict[str, Any]]) -> str:
+    rows = [
+        (one["vm"], one["state"], one["phase"] or "-", one["checkpoint"] or "-", _job(one["job"]), one["warning"] or "")
+        for one in found
+    ]
+    return output.table(("VM", "STATE", "DISKS ARE", "CHECKPOINT", "UNDER WAY", "NOTE"), rows)
+
+
+def _job(job: Mapping[str, Any] | None) -> str:
+    if job is None or job["state"] != "running":
+        return "-"
+    share = f" ({100 * job['done'] // job['total']} %)" if job["total"] else ""
+    return f"{job['kind']} {units.format_size(job['done'])}{share}"
+
+
+def _disks(disks: list[dict[str, Any]]) -> str:
+    rows = [
+        (
+            disk["name"],
+            units.format_size(disk["size"]),
+            units.format_size(disk["overlay_bytes"]),
+            "-" if disk["filled"] is None else units.format_size(disk["filled"]),
+            units.format_size(disk["read_bytes"] or 0),
+            units.format_size(disk["written_bytes"] or 0),
+            disk["error"] or disk["path"],
+        )
+        for disk in disks
+    ]
+    headers = ("DISK", "SIZE", "IN OVERLAYS", "FILLED", "READ", "WRITTEN", "PATH")
+    return output.table(headers, rows, right=headers[1:6])
