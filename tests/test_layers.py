@@ -22,16 +22,18 @@ RANKS: tuple[frozenset[str], ...] = (
     # Pure: values and bytes, no process, no socket.
     frozenset({
         "disk.blocks", "disk.blockmap", "disk.format", "control.messages", "control.wire", "store.layout",
-        "store.manifest", "agent.plan", "agent.qemuargs", "memory.stream", "memory.skeleton", "vm.definition", "vm.unfinished", "vm.commandline",
+        "store.manifest", "agent.plan", "agent.qemuargs", "memory.stream", "memory.skeleton",
+        "vm.definition", "vm.unfinished", "vm.commandline",
         "vm.barrier",
     }),
     frozenset({"store.backend", "store.codec", "store.index", "store.leaves", "store.lock"}),
     frozenset({
-        "disk.fileio", "disk.epoch", "disk.job", "control.server", "control.client", "vm.qmp", "vm.guestagent",
+        "disk.fileio", "disk.epoch", "disk.job", "control.server", "control.client", "control.quitter",
+        "vm.qmp", "vm.guestagent",
         "store.packs", "store.pins", "memory.image", "memory.generate",
     }),
     frozenset({"disk.maps", "memory.assemble", "agent.rundir"}),
-    frozenset({"disk.layer", "memory.intake", "store.images", "agent.nbdserver", "agent.forget"}),
+    frozenset({"disk.layer", "memory.intake", "store.images", "agent.nbdserver"}),
     frozenset({"store.collect", "store.writer"}),
     frozenset({"disk.chain", "store.store"}),
     frozenset({"disk.copier", "disk.commit", "disk.fill", "disk.stack", "store.check", "store.ingest", "memory.feed"}),

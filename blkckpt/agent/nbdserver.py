@@ -1,0 +1,262 @@
+"""Starting nbdkit with our plugin, waiting until it answers, stopping it.
+
+What nbdkit gets from us, and why:
+
+* Both listening sockets, as descriptors: 3 is the NBD socket (``LISTEN_FDS=1``), 4 the control socket
+  (``control_fd=4``).  They stay open here, so clients that connect while no nbdkit runs wait in their queues.
+* ``LISTEN_PID`` must be nbdkit's own pid, known only after the fork: a one-line shell sets it and execs.
+* A clean environment.  Its interpreter takes ``sys.prefix`` from the first ``python3`` on ``PATH``: an activated
+  environment would silently change what can be imported.
+* ``--exit-with-parent``: when the supervisor dies, nbdkit stops cleanly.  The kernel watches the *thread* that
+  started it, so start it from the main thread.
+* ``--threads=1`` before 1.33.10: a parallel server aborts there when a client vanishes with two or more requests
+  queued, taking every disk with it.
+* Its own process group: Ctrl-C is for the supervisor, which stops things in order.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import blkckpt
+from blkckpt import errors, log, paths
+from blkckpt.control import client, messages, wire
+
+CLEAN_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+UNWANTED = frozenset({"VIRTUAL_ENV", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "PYENV_VERSION"})
+SAFE_THREADS = (1, 33, 10)
+"""From this version on a vanished client does not abort a parallel server (measured on 1.32.5, where it does)."""
+
+READY_SECONDS = 120.0
+"""Opening replays what was under way and may have to read a block map of a large disk from a slow one."""
+STOP_SECONDS = 120.0
+"""A clean stop flushes everything the page cache holds of the layers."""
+KILL_SECONDS = 10.0
+MAX_LOG = 16 << 20
+"""``nbdkit.log`` is begun anew when it is larger than this at a start."""
+_TAIL = 64 << 10
+
+logger = log.get(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The nbdkit of this machine."""
+
+    path: str
+    version: tuple[int, ...]
+    python: tuple[int, ...]
+
+    @property
+    def options(self) -> list[str]:
+        """Options that depend on the version."""
+        return [] if self.version >= SAFE_THREADS else ["--threads=1"]
+
+
+@functools.cache
+def probe() -> Program:
+    """Find nbdkit and ask its Python plugin.  Raises :class:`errors.MissingError` saying what to install."""
+    path = shutil.which("nbdkit", path=CLEAN_PATH)
+    if path is None:
+        raise errors.MissingError("nbdkit is not installed; apt install nbdkit nbdkit-plugin-python")
+    asked = subprocess.run(
+        [path, "python", "--dump-plugin"], env=clean_environment(), capture_output=True, text=True, timeout=30
+    )
+    said = dict(line.split("=", 1) for line in asked.stdout.splitlines() if "=" in line)
+    if asked.returncode or "python_version" not in said:
+        raise errors.MissingError("nbdkit has no Python plugin; apt install nbdkit-plugin-python")
+    return Program(path, _numbers(said["version"]), _numbers(said["python_version"]))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+
+
+def check_interpreter(program: Program) -> None:
+    """The plugin imports what this interpreter has installed: both must be of one Python release."""
+    if program.python[:2] != sys.version_info[:2]:
+        wanted, have = ".".join(map(str, program.python[:2])), ".".join(map(str, sys.version_info[:2]))
+        raise errors.MissingError(
+            f"nbdkit embeds Python {wanted} and blkckpt is installed for Python {have}; "
+            "install it for /usr/bin/python3 (tools/setup does)"
+        )
+
+
+def clean_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Our environment without what changes which Python and which modules nbdkit finds, plus *more*."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON") and name not in UNWANTED}
+    return {**kept, "PATH": CLEAN_PATH, **(more or {})}
+
+
+def plugin_path() -> Path:
+    """Our plugin: inside an installed package, else beside the package in a checkout."""
+    package = Path(blkckpt.__file__).parent
+    for candidate in (package / "_plugins/nbdkit_blkckpt.py", package.parent / "plugins/nbdkit_blkckpt.py"):
+        if candidate.is_file():
+            return candidate
+    raise errors.MissingError(f"nbdkit_blkckpt.py is missing beside {package}; install blkckpt again")
+
+
+class NbdServer:
+    """nbdkit for one VM, on two listening sockets that outlive it.  Use it from one thread, the main one."""
+
+    def __init__(
+        self, vm: paths.VmPaths, nbd: socket.socket, control: socket.socket, *, plugin: Path | None = None
+    ) -> None:
+        self.vm = vm
+        self._nbd, self._control = nbd, control
+        self._plugin = plugin or plugin_path()
+        self._log_start = 0
+        self.pid = 0
+        self.pidfd = -1
+
+    @property
+    def running(self) -> bool:
+        """Whether a process was started and not yet reaped."""
+        return self.pidfd >= 0
+
+    def start(self) -> None:
+        """Start nbdkit; returns at once.  See :meth:`wait_ready`."""
+        program = probe()
+        check_interpreter(program)
+        argv = ["/bin/sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *self._command(program)]
+        with self._open_log() as output, open(os.devnull, "rb") as null:
+            sources = [null.fileno(), output.fileno(), output.fileno(), self._nbd.fileno(), self._control.fileno()]
+            descriptors = [_high(source) for source in sources]
+        try:
+            self.pid = os.posix_spawn(
+                argv[0],
+                argv,
+                clean_environment({"LISTEN_FDS": "1"}),
+                file_actions=[(os.POSIX_SPAWN_DUP2, source, target) for target, source in enumerate(descriptors)],
+                setpgroup=0,
+                setsigmask=[],
+                setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
+            )
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self.pidfd = os.pidfd_open(self.pid)
+        logger.info("nbdkit started", extra={"fields": {"vm": self.vm.name, "pid": self.pid}})
+
+    def _command(self, program: Program) -> list[str]:
+        return [
+            program.path, "--exit-with-parent", "--foreground", "--log=stderr", *program.options,
+            "python", str(self._plugin), f"home={self.vm.root.parent.parent}", f"vm={self.vm.name}",
+            f"python={sys.executable}", f"site={sysconfig.get_path('purelib')}", "control_fd=4",
+        ]  # fmt: skip
+
+    def _open_log(self) -> IO[bytes]:
+        path = paths.private_directory(self.vm.log) / "nbdkit.log"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        output = os.fdopen(descriptor, "ab")
+        if output.tell() > MAX_LOG:
+            output.truncate(0)
+        self._log_start = output.seek(0, os.SEEK_END)
+        return output
+
+    def wait_ready(self, deadline: float = READY_SECONDS, interrupt: int | None = None) -> messages.Welcome:
+        """Wait until the control server answers hello.
+
+        Raises what nbdkit failed with when it ends instead, :class:`errors.DeadlineError` after *deadline* seconds,
+        :class:`errors.StateError` when the descriptor *interrupt* becomes readable.
+        """
+        with client.open_socket(self.vm.control_socket) as probe_socket:
+            hello = messages.Hello(messages.VERSION, "supervisor").encode()
+            probe_socket.sendall(wire.encode_request(wire.Request("hello", hello, 1)))
+            ready = wait_for([probe_socket.fileno(), self.pidfd, *([] if interrupt is None else [interrupt])], deadline)
+            if not ready:
+                raise errors.DeadlineError(f"the disk server of VM {self.vm.name} was not ready in {deadline:g} s")
+            if probe_socket.fileno() in ready:
+                probe_socket.recv(wire.MAX_MESSAGE)
+            if interrupt in ready:
+                raise errors.StateError(f"VM {self.vm.name}: stopped while it was starting")
+        if wait_for([self.pidfd], 0):
+            self.reap()
+            raise self.failure()
+        with client.Client.connect(self.vm.control_socket, name="supervisor") as peer:
+            return peer.welcome
+
+    def failure(self) -> errors.BlkckptError:
+        """Why nbdkit ended: what the plugin logged as fatal, else nbdkit's last words."""
+        path = self.vm.log / "nbdkit.log"
+        with path.open("rb") as file:
+            file.seek(max(self._log_start, file.seek(0, os.SEEK_END) - _TAIL))
+            lines = file.read().decode(errors="replace").splitlines()
+        for line in reversed(lines):
+            if told := _fatal(line):
+                return told
+        last = next((line for line in reversed(lines) if "error" in line), lines[-1] if lines else "it said nothing")
+        return errors.BlkckptError(f"the disk server of VM {self.vm.name} ended: {last[:300]} (see {path})")
+
+    def reap(self) -> int:
+        """Collect an ended nbdkit; returns its wait status."""
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.pidfd)
+        self.pidfd = -1
+        return status
+
+    def stop(self, deadline: float = STOP_SECONDS) -> None:
+        """End nbdkit: asked on the control socket, then SIGTERM, then SIGKILL."""
+        if not self.running:
+            return
+        for ask, seconds in ((self._ask, deadline), (self._terminate, KILL_SECONDS), (self._kill, KILL_SECONDS)):
+            ask()
+            if wait_for([self.pidfd], seconds):
+                self.reap()
+                return
+        raise errors.DeadlineError(f"nbdkit (pid {self.pid}) of VM {self.vm.name} does not end")
+
+    def _ask(self) -> None:
+        try:
+            with client.Client.connect(self.vm.control_socket, name="supervisor", timeout=KILL_SECONDS) as peer:
+                peer.shutdown()
+        except errors.BlkckptError as error:
+            logger.warning("shutdown was not heard", extra={"fields": {"vm": self.vm.name, "error": str(error)}})
+            self._terminate()
+
+    def _terminate(self) -> None:
+        signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
+
+    def _kill(self) -> None:
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+
+def wait_for(descriptors: list[int], seconds: float) -> set[int]:
+    """Those of *descriptors* that are readable (a pidfd: the process has ended), waiting at most *seconds* for one."""
+    poller = select.poll()
+    for descriptor in descriptors:
+        poller.register(descriptor, select.POLLIN)
+    return {descriptor for descriptor, _ in poller.poll(seconds * 1000)}
+
+
+def _fatal(line: str) -> errors.BlkckptError | None:
+    """The error that the plugin logged before it gave up, with its class (see :mod:`blkckpt.control.host`)."""
+    try:
+        body = json.loads(line)
+    except ValueError:
+        return None
+    fatal = body.get("fatal") if isinstance(body, dict) else None
+    if not isinstance(fatal, dict) or not isinstance(fatal.get("message"), str):
+        return None
+    return wire.error_from(wire.Failure(0, fatal["message"], str(fatal.get("type")), None))
+
+
+def _high(descriptor: int) -> int:
+    """A duplicate above those that the child gives a meaning to (0 to 4)."""
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)

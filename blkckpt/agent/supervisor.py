@@ -1,0 +1,398 @@
+"""Runs a VM: nbdkit and QEMU, as long as either is wanted; restarts nbdkit; stops both in order.
+
+States, with what moves between them::
+
+    (none) ── run directory locked, sockets bound, nbdkit started ──> opening
+    opening ── hello answered ──> serving            nbdkit ended: its error is raised, nothing is left
+    serving ── QEMU started ──> running              (a server without a machine stays in serving)
+    serving, running ── nbdkit ended ──> the same, nbdkit started again: at once, then ever later (BACKOFF)
+    running ── QEMU ended ──> stopping
+    serving, running ── SIGTERM, SIGINT, SIGHUP ──> stopping
+    stopping: QEMU ends, nbdkit is shut down, sockets and record are removed, the lock is given up
+
+While nbdkit is away QEMU's requests wait (``reconnect-delay``) and its new connection waits in the queue of the
+listening socket, which is ours and never closed.  A supervisor that is killed takes nbdkit along, cleanly
+(``--exit-with-parent``), but not QEMU: ``blkckpt serve`` gives such a guest its disks back, and a second
+``blkckpt run`` is refused as long as it lives, or two guests would write one disk.
+
+Detached, the supervisor is this module run again as a program in a session of its own.  It is told what to do on
+its standard input and answers through a pipe, one JSON object: ready, or the error it gave up with.
+
+Nothing here sleeps: the loop waits for the pidfds of its children and for signals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from blkckpt import errors, log, paths
+from blkckpt.agent import nbdserver, qemuargs, rundir
+from blkckpt.control import wire
+from blkckpt.vm import definition
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+BACKOFF = (0.0, 0.2, 1.0, 5.0, 15.0)
+"""Seconds before nbdkit is started again after it ended 1, 2, 3 … times in a row.  It never gives up while a guest
+waits: the guest's requests fail only when QEMU's reconnect-delay is over."""
+SETTLED_SECONDS = 30.0
+"""nbdkit that lived so long had no trouble starting: its end begins a new row."""
+MACHINE_SECONDS = 20.0
+"""QEMU's own end after SIGTERM: it flushes, and gives up requests that hang."""
+QMP_SECONDS = 30.0
+QMP_INTERVAL = 0.02
+"""QEMU binds its QMP socket itself and there is nothing to wait on for it: ask so often, while watching its pidfd."""
+
+logger = log.get(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """How to start QEMU.  *complete*: the disks and the QMP socket are in *argv* already (a restored machine)."""
+
+    argv: tuple[str, ...]
+    complete: bool = False
+    directory: str | None = None
+
+
+Ready = Callable[[rundir.Running], None]
+
+
+def _ignore(running: rundir.Running) -> None:
+    return None
+
+
+# --- what others call ---
+
+
+def run(vm: paths.VmPaths, machine: Machine | None, ready: Ready = _ignore) -> int:
+    """Serve *vm*, and run *machine* if given, in this process until it ends or a signal comes.
+
+    Returns QEMU's exit status (0 without one).  *ready* is called once everything answers.  Call it from the main
+    thread: signals are handled there, and nbdkit ends with the thread that started it.
+    """
+    wanted = definition.load(vm)
+    with _Signals() as signals, _Supervisor(vm, wanted, signals) as supervisor:
+        supervisor.serve()
+        if machine:
+            supervisor.start_machine(machine)
+        ready(supervisor.running())
+        return supervisor.loop()
+
+
+def start(vm: paths.VmPaths, machine: Machine | None, deadline: float = nbdserver.READY_SECONDS) -> rundir.Running:
+    """As :func:`run`, in a background process; returns when it is ready, raises what it gave up with."""
+    definition.load(vm)
+    receiver, sender = os.pipe2(os.O_CLOEXEC)
+    with os.fdopen(receiver, "rb") as answers:
+        try:
+            process = _spawn_detached(vm, machine, sender)
+        finally:
+            os.close(sender)
+        if not nbdserver.wait_for([answers.fileno()], deadline + MACHINE_SECONDS):
+            process.terminate()
+            raise errors.DeadlineError(f"VM {vm.name} did not start within {deadline:g} s; it is being stopped")
+        return _started(answers.read(wire.MAX_MESSAGE), vm)
+
+
+def find(vm: paths.VmPaths) -> rundir.Running | None:
+    """Who runs *vm* now; None when nobody does."""
+    return rundir.find(vm)
+
+
+def stop(vm: paths.VmPaths, deadline: float = nbdserver.STOP_SECONDS + MACHINE_SECONDS) -> bool:
+    """Ask the supervisor of *vm* to stop and wait for its end; False when nobody runs it."""
+    running = rundir.find(vm)
+    if running is None:
+        return False
+    with contextlib.ExitStack() as stack:
+        try:
+            pidfd = os.pidfd_open(running.supervisor.pid)
+            stack.callback(os.close, pidfd)
+            if not running.supervisor.alive:
+                return True
+            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        except ProcessLookupError:
+            return True
+        if not nbdserver.wait_for([pidfd], deadline):
+            raise errors.DeadlineError(
+                f"VM {vm.name} did not stop within {deadline:g} s (pid {running.supervisor.pid})"
+            )
+    return True
+
+
+# --- the supervisor ---
+
+
+class _Signals:
+    """Turns the stop signals into a readable descriptor for as long as it is entered."""
+
+    def __init__(self) -> None:
+        self.stopping = False
+
+    def __enter__(self) -> _Signals:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        self._reader.close()
+        self._writer.close()
+
+    def _note(self, number: int, frame: object) -> None:
+        self.stopping = True
+
+    def fileno(self) -> int:
+        return self._reader.fileno()
+
+
+class _Supervisor:
+    """One VM's processes.  Entered: the run directory is ours; left: everything is stopped and removed."""
+
+    def __init__(self, vm: paths.VmPaths, wanted: definition.VmDefinition, signals: _Signals) -> None:
+        self._vm, self._wanted, self._signals = vm, wanted, signals
+        self._machine: subprocess.Popen[bytes] | None = None
+        self._machine_fd = -1
+        self._failures = 0
+        self._started_at = 0.0
+        self._restart_at: float | None = None
+
+    def __enter__(self) -> _Supervisor:
+        self._run = rundir.RunDirectory(self._vm)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._leave_directory)
+            self._orphan = self._find_orphan()
+            self._listeners = [
+                stack.enter_context(self._run.listen(path)) for path in (self._vm.nbd_socket, self._vm.control_socket)
+            ]
+            self._server = nbdserver.NbdServer(self._vm, *self._listeners)
+            stack.callback(self._server.stop)
+            stack.callback(self._stop_machine)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _find_orphan(self) -> rundir.Process | None:
+        """QEMU of a supervisor that was killed."""
+        before = rundir.read(self._vm)
+        return before.machine if before and before.machine and before.machine.alive else None
+
+    def _leave_directory(self) -> None:
+        orphan = getattr(self, "_orphan", None)
+        self._run.close(keep_record=orphan is not None and orphan.alive)
+
+    def serve(self) -> None:
+        """Start nbdkit and wait until it answers."""
+        self._server.start()
+        self._started_at = time.monotonic()
+        self._run.record(self.running())
+        self._server.wait_ready(interrupt=self._signals.fileno())
+
+    def running(self) -> rundir.Running:
+        server = rundir.Process.of(self._server.pid) if self._server.running else None
+        machine = rundir.Process.of(self._machine.pid) if self._machine else self._orphan
+        return rundir.Running(rundir.Process.of(os.getpid()), server, machine)
+
+    def start_machine(self, machine: Machine) -> None:
+        """Start QEMU and wait until its QMP socket answers."""
+        if self._orphan:
+            raise errors.StateError(
+                f"QEMU of VM {self._vm.name} (pid {self._orphan.pid}) is still running from before its supervisor was "
+                f"killed; `blkckpt serve {self._vm.name}` gives it its disks back, or end it first"
+            )
+        argv = list(machine.argv)
+        if not machine.complete:
+            names = [disk.name for disk in self._wanted.disks]
+            argv = qemuargs.with_disks(argv, names, self._vm.nbd_socket, self._vm.qmp_socket)
+        self._vm.qmp_socket.unlink(missing_ok=True)
+        try:
+            self._machine = subprocess.Popen(argv, cwd=machine.directory)
+        except OSError as error:
+            raise errors.from_os_error(error, f"starting {argv[0]}") from error
+        self._machine_fd = os.pidfd_open(self._machine.pid)
+        self._run.record(self.running())
+        self._wait_for_qmp()
+
+    def _wait_for_qmp(self) -> None:
+        end = time.monotonic() + QMP_SECONDS
+        while not _answers(self._vm.qmp_socket):
+            if self._signals.stopping:
+                return
+            if nbdserver.wait_for([self._machine_fd], QMP_INTERVAL):
+                raise errors.HypervisorError(f"QEMU ended at once with status {self._reap_machine()}; see its messages")
+            if time.monotonic() > end:
+                raise errors.DeadlineError(f"QEMU does not answer on {self._vm.qmp_socket} after {QMP_SECONDS:g} s")
+
+    # The loop.
+
+    def loop(self) -> int:
+        """Watch until QEMU ends or a signal comes; returns QEMU's exit status."""
+        while not self._signals.stopping:
+            ready = self._wait()
+            if self._machine_fd in ready:
+                return self._reap_machine()
+            if self._server.running and self._server.pidfd in ready:
+                self._note_server_end()
+            if self._restart_at is not None and time.monotonic() >= self._restart_at:
+                self._restart_server()
+        return 0
+
+    def _wait(self) -> set[int]:
+        poller = select.poll()
+        watched = [self._signals.fileno(), self._machine_fd, self._server.pidfd]
+        for descriptor in watched:
+            if descriptor >= 0:
+                poller.register(descriptor, select.POLLIN)
+        timeout = None if self._restart_at is None else max(0.0, self._restart_at - time.monotonic()) * 1000
+        return {descriptor for descriptor, _ in poller.poll(timeout)}
+
+    def _note_server_end(self) -> None:
+        status = self._server.reap()
+        lived = time.monotonic() - self._started_at
+        self._failures = 0 if lived > SETTLED_SECONDS else self._failures
+        delay = BACKOFF[min(self._failures, len(BACKOFF) - 1)]
+        self._failures += 1
+        self._restart_at = time.monotonic() + delay
+        fields = {"vm": self._vm.name, "status": os.waitstatus_to_exitcode(status), "again_in": delay}
+        logger.error("nbdkit ended; the guest waits for it", extra={"fields": fields})
+        self._run.record(self.running())
+
+    def _restart_server(self) -> None:
+        self._restart_at = None
+        self._started_at = time.monotonic()
+        try:
+            self._server.start()
+        except (OSError, errors.BlkckptError) as error:
+            self._failures += 1
+            self._restart_at = time.monotonic() + BACKOFF[-1]
+            logger.error("nbdkit cannot be started", extra={"fields": {"vm": self._vm.name, "error": str(error)}})
+        self._run.record(self.running())
+
+    # The end.
+
+    def _reap_machine(self) -> int:
+        assert self._machine is not None
+        code = self._machine.wait()
+        os.close(self._machine_fd)
+        self._machine, self._machine_fd = None, -1
+        return code if code >= 0 else 128 - code
+
+    def _stop_machine(self) -> None:
+        if self._machine is None:
+            return
+        for ask, seconds in ((self._machine.terminate, MACHINE_SECONDS), (self._machine.kill, MACHINE_SECONDS)):
+            ask()
+            if nbdserver.wait_for([self._machine_fd], seconds):
+                self._reap_machine()
+                return
+        self._orphan = rundir.Process.of(self._machine.pid)
+        logger.error("QEMU does not end", extra={"fields": {"vm": self._vm.name, "pid": self._machine.pid}})
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
+        connection.settimeout(1)
+        try:
+            connection.connect(os.fspath(path))
+        except OSError:
+            return False
+        return True
+
+
+# --- detached ---
+
+
+def _spawn_detached(vm: paths.VmPaths, machine: Machine | None, sender: int) -> subprocess.Popen[bytes]:
+    order = {
+        "home": str(vm.root.parent.parent),
+        "vm": vm.name,
+        "machine": asdict(machine) if machine else None,
+        "answer": sender,
+    }
+    with _log_of(vm) as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "blkckpt.agent.supervisor"],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            pass_fds=[sender],
+        )
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin as orders:
+        orders.write(json.dumps(order).encode())
+    return process
+
+
+@contextlib.contextmanager
+def _log_of(vm: paths.VmPaths) -> Iterator[IO[bytes]]:
+    """``qemu.log``: what QEMU and the detached supervisor say, one run after the other."""
+    path = paths.private_directory(vm.log) / "qemu.log"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "ab") as output:
+        if output.tell() > nbdserver.MAX_LOG:
+            output.truncate(0)
+        yield output
+
+
+def _started(answer: bytes, vm: paths.VmPaths) -> rundir.Running:
+    if not answer:
+        raise errors.BlkckptError(f"the supervisor of VM {vm.name} ended without a word; see {vm.log / 'qemu.log'}")
+    body = json.loads(answer)
+    if "type" in body:
+        raise wire.error_from(wire.Failure(0, body["message"], body["type"], None))
+    running = rundir.find(vm)
+    if running is None:
+        raise errors.StateError(f"VM {vm.name} has ended already; see {vm.log / 'qemu.log'}")
+    return running
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    """The detached supervisor: orders on standard input, one answer through their ``answer`` descriptor."""
+    log.setup(as_json=True)
+    order = json.loads(sys.stdin.buffer.read())
+    os.set_inheritable(order["answer"], False)
+    with open(os.devnull, "rb") as null:
+        os.dup2(null.fileno(), 0)
+    vm = paths.home(order["home"]).vm(order["vm"])
+    machine = order["machine"]
+    wanted = Machine(tuple(machine["argv"]), machine["complete"], machine["directory"]) if machine else None
+    with os.fdopen(order["answer"], "wb") as pipe:
+        return _run_and_tell(vm, wanted, pipe)
+
+
+def _run_and_tell(vm: paths.VmPaths, machine: Machine | None, pipe: IO[bytes]) -> int:
+    def tell(body: dict[str, Any]) -> None:
+        if not pipe.closed:
+            with contextlib.suppress(BrokenPipeError), pipe:
+                pipe.write(json.dumps(body).encode())
+
+    try:
+        return run(vm, machine, lambda _: tell({"ready": True}))
+    except errors.BlkckptError as error:
+        logger.error("the VM was not run", extra={"fields": {"vm": vm.name, "error": str(error)}})
+        failure = wire.failure_from(error)
+        tell({"type": failure.kind, "message": failure.message})
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

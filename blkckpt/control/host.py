@@ -1,0 +1,145 @@
+"""What lives in the nbdkit process: the disk group, the control server, and the exports by name.
+
+``plugins/nbdkit_blkckpt.py`` is the adapter that nbdkit sees; each of its callbacks calls one function here or on
+a disk.  The order is nbdkit's:
+
+================  ==========================================================================================
+``config``        parameters (:data:`PARAMETERS`), each once
+``get_ready``     open the group: lock (rule D12), load, recover.  A failure ends nbdkit with its message
+``after_fork``    start the group's background work and the control server: threads die in the fork before it
+connections       :meth:`Host.disk` gives the handle; the disk does the rest
+``cleanup``       close the control server, then the group: clean stop (rule D13)
+================  ==========================================================================================
+
+The listening control socket is the launcher's: it comes as a descriptor (``control_fd``) and outlives us.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import blkckpt
+from blkckpt import errors, log, paths
+from blkckpt.control import quitter, server, service
+from blkckpt.disk import api, disk, group
+from blkckpt.vm import definition, unfinished
+
+PARAMETERS: Final = {
+    "home": "the blkckpt home",
+    "vm": "the VM to serve",
+    "python": "the interpreter that has blkckpt installed, for copy children",
+    "site": "its site directory, put first on sys.path by the adapter",
+    "control_fd": "the listening control socket, an inherited descriptor",
+}
+
+WIRE_ERRORS: Final = frozenset({
+    errno.EPERM, errno.EIO, errno.ENOMEM, errno.EINVAL, errno.ENOSPC, errno.EOVERFLOW, errno.EOPNOTSUPP,
+    errno.ESHUTDOWN,
+})  # fmt: skip
+"""What the NBD protocol can say.  nbdkit turns EDQUOT and EFBIG into ENOSPC and EROFS into EPERM; any other number
+would reach the guest as EINVAL, its own mistake, so it becomes EIO here.  Source: nbdkit ``server/protocol.c``."""
+TRANSLATED: Final = frozenset({errno.EDQUOT, errno.EFBIG, errno.EROFS})
+
+logger = log.get(__name__)
+
+
+def wire_error(error: BaseException) -> int:
+    """The errno that a client is told for *error* (rule D10)."""
+    number = getattr(error, "errno", None)
+    return number if number in WIRE_ERRORS or number in TRANSLATED else errno.EIO
+
+
+def open_image(image: api.ImageRef) -> api.Source:
+    """The bottom of a restored disk.  The store is loaded only when there is one: most VMs never need it here."""
+    store: Any = importlib.import_module("blkckpt.store.store")
+    source: api.Source = store.Store.open(image.store).image(image.image)
+    return source
+
+
+class Host:
+    """The one of this process.  Made by ``config_complete``; *stop* asks nbdkit to end and returns at once."""
+
+    def __init__(self, parameters: Mapping[str, str], stop: Callable[[], None]) -> None:
+        for name in ("home", "vm", "python", "control_fd"):
+            if name not in parameters:
+                raise errors.InputError(f"parameter {name}= is missing: {PARAMETERS[name]}; use `blkckpt serve`")
+        self._vm = paths.home(parameters["home"]).vm(parameters["vm"])
+        self._python = parameters["python"]
+        self._listener = _listening(parameters["control_fd"])
+        self._quitter = quitter.Quitter(self._vm.nbd_socket, stop)
+        self._group: group.DiskGroup | None = None
+        self._service: service.Service | None = None
+        self._server: server.Server | None = None
+
+    def get_ready(self) -> None:
+        """Open the group.  Starts no thread.  What it fails with is logged for the launcher, class and all."""
+        log.setup(as_json=True)
+        try:
+            unfinished.check(self._vm)
+            definition.check(definition.load(self._vm))
+            self._group = group.DiskGroup.open(self._vm, open_image=open_image)
+        except errors.BlkckptError as error:
+            fatal = {"type": type(error).__name__, "message": str(error)}
+            logger.error("the disks cannot be served", extra={"fields": {"fatal": fatal}})
+            raise
+
+    def after_fork(self) -> None:
+        """Start everything that has a thread."""
+        disks = self._opened()
+        self._quitter.start()
+        disks.start()
+        identity = service.Identity(self._vm.name, f"blkckpt {blkckpt.__version__}")
+        command = (self._python, "-m", "blkckpt.store.ingest")
+        self._service = service.Service(identity, disks, command, self._quitter.quit)
+        self._server = server.Server(self._listener, self._service)
+        self._server.start()
+        logger.info(
+            "serving", extra={"fields": {"vm": self._vm.name, "pid": os.getpid(), "disks": sorted(disks.disks)}}
+        )
+
+    def cleanup(self) -> None:
+        """Stop: first those who command, then the disks.  nbdkit has closed its connections."""
+        self._quitter.close()
+        if self._service and self._server:
+            self._service.close()
+            self._server.close()
+        if self._group:
+            self._group.close()
+
+    def exports(self) -> list[tuple[str, str]]:
+        """(name, description) of every disk."""
+        return [(name, f"disk {name} of VM {self._vm.name}") for name in self._opened().disks]
+
+    def default(self) -> str:
+        """The export meant by an empty name: the only disk, else nothing is meant."""
+        names = list(self._opened().disks)
+        if len(names) != 1:
+            raise errors.NotFoundError(f"VM {self._vm.name} has {len(names)} disks; name one of {', '.join(names)}")
+        return names[0]
+
+    def disk(self, export: str) -> disk.Disk:
+        """The disk of that name: looked up, never made part of a path."""
+        found = self._opened().disks.get(export or self.default())
+        if found is None:
+            raise errors.NotFoundError(f"VM {self._vm.name} has no disk {export[:80]!r}")
+        return found
+
+    def _opened(self) -> group.DiskGroup:
+        if self._group is None:
+            raise errors.StateError("the disks are not open yet")
+        return self._group
+
+
+def _listening(text: str) -> socket.socket:
+    """The inherited control socket; not handed on to copy children."""
+    try:
+        inherited = socket.socket(fileno=int(text))
+    except (ValueError, OSError) as error:
+        raise errors.InputError(f"control_fd={text} is no inherited socket; use `blkckpt serve`") from error
+    inherited.set_inheritable(False)
+    return inherited

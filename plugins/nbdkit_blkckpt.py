@@ -1,0 +1,190 @@
+"""nbdkit plugin of blkckpt: a thin adapter between nbdkit's callbacks and :mod:`blkckpt.control.host`.
+
+Not started by hand: ``blkckpt serve`` and ``blkckpt run`` bind the sockets, clean the environment and give the
+parameters ``home= vm= python= site= control_fd=``.
+
+nbdkit embeds the distribution's interpreter, which knows nothing of the environment blkckpt is installed in; so
+that environment's site directory is put *first* on ``sys.path``, before anything of blkckpt is imported.
+
+Every callback that serves a request is wrapped by :func:`_told`: nbdkit makes EIO of an exception unless it is
+told the errno first (rule D10), and the exception that reaches it must not keep the traceback, whose frames hold
+nbdkit's buffer (rule D6: a buffer given by nbdkit never outlives its callback).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import site
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import nbdkit
+
+if TYPE_CHECKING:
+    from blkckpt.control import host as hosts
+    from blkckpt.disk import disk as disks
+
+API_VERSION = 2
+BLOCK_SIZES = (1, 4096, 32 << 20)
+"""Smallest, preferred, largest request: any alignment works, 4 KiB costs nothing extra, nbdkit takes at most 64 MiB."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_parameters: dict[str, str] = {}
+_host: hosts.Host
+
+
+def _told(callback: F) -> F:
+    """Tell nbdkit the errno of what *callback* raises, and raise it anew without its frames."""
+
+    @functools.wraps(callback)
+    def wrapped(*arguments: Any) -> Any:
+        try:
+            return callback(*arguments)
+        except Exception as error:
+            number, text = _wire_error(error), getattr(error, "strerror", None) or str(error) or type(error).__name__
+        nbdkit.set_error(number)
+        raise OSError(number, text)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _wire_error(error: BaseException) -> int:
+    number: int = sys.modules["blkckpt.control.host"].wire_error(error)
+    return number
+
+
+# Starting and stopping.
+
+
+def config(key: str, value: str) -> None:
+    if key in _parameters or key not in ("home", "vm", "python", "site", "control_fd"):
+        raise ValueError(f"unknown or repeated parameter {key}=")
+    _parameters[key] = value
+
+
+def config_complete() -> None:
+    global _host  # nbdkit's callbacks are module functions; this is their only state
+    _put_first(_site_directory())
+    _host = importlib.import_module("blkckpt.control.host").Host(_parameters, nbdkit.shutdown)
+
+
+def _site_directory() -> str:
+    """Where the environment keeps its packages: as told, else where a venv of this Python version has them."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    prefix = os.path.dirname(os.path.dirname(_parameters.get("python", "/usr/bin/python3")))  # noqa: PTH120
+    return _parameters.get("site") or os.path.join(prefix, "lib", version, "site-packages")  # noqa: PTH118
+
+
+def _put_first(directory: str) -> None:
+    """As ``site.addsitedir`` (``.pth`` files too: an editable install is one), but before everything else."""
+    before = list(sys.path)
+    sys.path[:] = []
+    site.addsitedir(directory)
+    sys.path += [entry for entry in before if entry not in sys.path]
+
+
+def thread_model() -> int:
+    return int(nbdkit.THREAD_MODEL_PARALLEL)
+
+
+def get_ready() -> None:
+    _host.get_ready()
+
+
+def after_fork() -> None:
+    _host.after_fork()
+
+
+def cleanup() -> None:
+    _host.cleanup()
+
+
+# Connections.
+
+
+def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
+    return _host.exports()
+
+
+@_told
+def default_export(readonly: bool, is_tls: bool) -> str:
+    return _host.default()
+
+
+@_told
+def open(readonly: bool) -> disks.Disk:  # noqa: A001  (the name nbdkit calls)
+    return _host.disk(nbdkit.export_name())
+
+
+def export_description(h: disks.Disk) -> str:
+    return dict(_host.exports())[h.name]
+
+
+def get_size(h: disks.Disk) -> int:
+    return h.size
+
+
+def block_size(h: disks.Disk) -> tuple[int, int, int]:
+    return BLOCK_SIZES
+
+
+def is_rotational(h: disks.Disk) -> bool:
+    return False
+
+
+def _yes(h: disks.Disk) -> bool:
+    return True
+
+
+can_write = can_flush = can_trim = can_zero = can_fast_zero = can_extents = _yes
+
+can_multi_conn = _yes  # a flush covers what every connection was answered (rule D3)
+
+
+def can_fua(h: disks.Disk) -> int:
+    return int(nbdkit.FUA_NATIVE)
+
+
+def can_cache(h: disks.Disk) -> int:
+    return int(nbdkit.CACHE_EMULATE)
+
+
+# Requests.
+
+
+@_told
+def pread(h: disks.Disk, buf: Any, offset: int, flags: int) -> None:
+    h.pread(buf, offset)
+
+
+@_told
+def pwrite(h: disks.Disk, buf: Any, offset: int, flags: int) -> None:
+    h.pwrite(buf, offset, bool(flags & nbdkit.FLAG_FUA))
+
+
+@_told
+def flush(h: disks.Disk, flags: int) -> None:
+    h.flush()
+
+
+@_told
+def trim(h: disks.Disk, count: int, offset: int, flags: int) -> None:
+    h.trim(count, offset, bool(flags & nbdkit.FLAG_FUA))
+
+
+@_told
+def zero(h: disks.Disk, count: int, offset: int, flags: int) -> None:
+    fua, may_trim, fast = (bool(flags & bit) for bit in _ZERO_FLAGS)
+    h.zero(count, offset, fua, may_trim, fast)
+
+
+_ZERO_FLAGS = (nbdkit.FLAG_FUA, nbdkit.FLAG_MAY_TRIM, nbdkit.FLAG_FAST_ZERO)
+
+
+@_told
+def extents(h: disks.Disk, count: int, offset: int, flags: int) -> Iterable[tuple[int, int, int]]:
+    return list(h.extents(count, offset))
