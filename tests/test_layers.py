@@ -37,7 +37,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"store.collect", "store.writer"}),
     frozenset({"disk.chain", "store.store"}),
     frozenset({"disk.copier", "disk.commit", "disk.fill", "disk.stack", "store.check", "store.ingest", "memory.feed"}),
-    frozenset({"disk.disk", "memory.receive"}),
+    frozenset({"disk.disk", "memory.receive", "agent.forget"}),
     frozenset({"disk.group", "agent.runner", "view.tree"}),
     frozenset({"control.service", "agent.supervisor", "view.fuse"}),
     frozenset({"control.host", "restore.disks", "restore.ram"}),

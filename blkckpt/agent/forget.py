@@ -10,12 +10,14 @@ interrupted after that leaves a directory that is no VM, and that forgetting onc
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 
 from blkckpt import durable, errors, paths
 from blkckpt.agent import rundir
 from blkckpt.disk import format as formats
-from blkckpt.vm import unfinished
+from blkckpt.store import store as stores
+from blkckpt.vm import definition, unfinished
 
 MAX_STATE = 16 << 20
 
@@ -33,6 +35,7 @@ def forget(vm: paths.VmPaths) -> None:
         _check_machine(vm)
         _check_unfinished(vm)
         _check_at_rest(vm)
+        _unpin(vm)
         try:
             durable.remove(vm.definition)
             shutil.rmtree(vm.root)
@@ -42,6 +45,16 @@ def forget(vm: paths.VmPaths) -> None:
         run.close()
     for directory in (vm.run, vm.live):
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _unpin(vm: paths.VmPaths) -> None:
+    """Let go of the images that a restored disk reads from; a store that is gone holds nothing."""
+    if not vm.definition.exists():
+        return
+    known = definition.load(vm)
+    for path in {disk.source.store for disk in known.disks if disk.source}:
+        with contextlib.suppress(errors.NotFoundError), stores.Store.open(path) as store:
+            store.unpin(known.id)
 
 
 def _check_machine(vm: paths.VmPaths) -> None:

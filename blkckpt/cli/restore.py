@@ -1,0 +1,160 @@
+"""``blkckpt restore``: a new VM from a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from typing import Any
+
+import click
+
+from blkckpt import errors, units
+from blkckpt.agent import rundir
+from blkckpt.cli import names, output, run, session, verb
+from blkckpt.restore import machine
+from blkckpt.store import manifest
+
+KEYS = (
+    "vm, checkpoint, mode, seconds (until the guest went on), notes, supervisor, server, machine, console, log; "
+    "with --print instead of the last five: command"
+)
+
+mode_option = click.option(
+    "--mode",
+    type=click.Choice([machine.LAZY, machine.EAGER]),
+    default=machine.LAZY,
+    show_default=True,
+    help="lazy: memory is read when the guest touches it; eager: all of it first.",
+)
+detach_option = click.option("--detach", is_flag=True, help="Return when the guest goes on.")
+
+
+@click.command(
+    cls=verb.Verb,
+    context_settings={"ignore_unknown_options": True},
+    examples=(
+        "blkckpt restore web@before-upgrade --as web-copy --detach",
+        "blkckpt restore ci@booted --as job-17 --detach --json",
+        "blkckpt restore web@latest --mode eager",
+        "blkckpt restore web@latest --as look --print",
+        "blkckpt restore web@latest --as web-copy --detach -- -nic none",
+    ),
+    keys=KEYS,
+)
+@verb.target_argument
+@click.option("--as", "new_name", metavar="NAME", help="The new VM's name [default: VM-CKPT].")
+@mode_option
+@click.option(
+    "--print", "print_only", is_flag=True, help="Prepare everything, print QEMU's command line, start nothing."
+)
+@detach_option
+@verb.json_option
+@click.argument("extra", nargs=-1, metavar="[-- ARGS…]", type=click.UNPROCESSED)
+@click.pass_obj
+def command(
+    ours: session.Session,
+    target: names.Target,
+    new_name: str | None,
+    mode: str,
+    print_only: bool,
+    detach: bool,
+    as_json: bool,
+    extra: tuple[str, ...],
+) -> None:
+    """Start a new VM from a checkpoint; the original may go on running.
+
+    Its disks read from the store until they have been filled in the background; its memory is a private copy. To the
+    network it is the same machine as the original: keep them apart. A checkpoint without memory is only served.
+    """
+    began = time.monotonic()
+    found = ours.checkpoint(target)
+    name = units.check_name(new_name or f"{target.vm}-{found.manifest.name}"[:64], "VM name")
+    with ours.reporter() as progress_:
+        chosen = with_arguments(found.manifest, extra)
+        prepared = machine.restore(ours.home, found.store, chosen, name, mode=mode, progress=progress_.update)
+        if print_only:
+            _print(ours, prepared, mode, progress_.update, as_json)
+            return
+    go_on(ours, prepared, mode=mode, detach=detach, as_json=as_json, began=began)
+
+
+def with_arguments(one: manifest.Manifest, extra: tuple[str, ...]) -> manifest.Manifest:
+    """*one* as if its machine had been started with *extra* arguments at the end."""
+    if not extra:
+        return one
+    if one.machine is None:
+        raise errors.InputError(f"{one.vm}@{one.name} has no machine to give arguments to; leave out what follows --")
+    return dataclasses.replace(one, machine=dataclasses.replace(one.machine, argv=(*one.machine.argv, *extra)))
+
+
+def go_on(
+    ours: session.Session, prepared: machine.Prepared, *, mode: str, detach: bool, as_json: bool, began: float
+) -> None:
+    """Start what was prepared, in the background or in this process, and say how long it took."""
+    for text in prepared.notes:
+        note(ours, text)
+    if detach:
+        with ours.reporter() as progress_:
+            running = machine.start(prepared, progress_.update)
+        _report(prepared, running, mode, time.monotonic() - began, as_json)
+        return
+    with contextlib.ExitStack() as stack:
+        bars = stack.enter_context(ours.reporter())
+
+        def ready(_: rundir.Running) -> None:
+            stack.close()
+            note(
+                ours, f"VM {prepared.vm.name} goes on, {units.format_duration(time.monotonic() - began)} after the call"
+            )
+
+        code = machine.run(prepared, bars.update, ready)
+    click.get_current_context().exit(code)
+
+
+def note(ours: session.Session, text: str) -> None:
+    """Something worth knowing, on standard error."""
+    if not ours.quiet:
+        click.echo(f"blkckpt: {text}", err=True)
+
+
+def _report(prepared: machine.Prepared, running: rundir.Running, mode: str, seconds: float, as_json: bool) -> None:
+    if as_json:
+        output.write_json({**_keys(prepared, mode), "seconds": seconds, **run.keys(prepared.vm, running)})
+        return
+    what = "goes on" if running.machine else "is served"
+    output.write(
+        f"VM {prepared.vm.name} {what} from {_source(prepared)}, {units.format_duration(seconds)} after the call; "
+        f"console and messages: {run.console(prepared.vm)}"
+    )
+
+
+def _print(
+    ours: session.Session, prepared: machine.Prepared, mode: str, progress: machine.Progress, as_json: bool
+) -> None:
+    if prepared.memory is None:
+        raise errors.InputError(
+            f"{_source(prepared)} holds disks only: there is no command to print; "
+            f"VM {prepared.vm.name} is ready: blkckpt serve {prepared.vm.name}"
+        )
+    line = machine.shell_line(prepared, progress)
+    for text in prepared.notes:
+        note(ours, text)
+    note(ours, f"its disks must be served while it runs: blkckpt serve {prepared.vm.name} --detach")
+    if as_json:
+        output.write_json({**_keys(prepared, mode), "command": line})
+    else:
+        output.write(line)
+
+
+def _keys(prepared: machine.Prepared, mode: str) -> dict[str, Any]:
+    return {
+        "vm": prepared.vm.name,
+        "checkpoint": _source(prepared),
+        "mode": mode if prepared.memory else None,
+        "notes": list(prepared.notes),
+    }
+
+
+def _source(prepared: machine.Prepared) -> str:
+    return f"{prepared.checkpoint.vm}@{prepared.checkpoint.name}"
