@@ -17,30 +17,28 @@ one of :mod:`blkckpt.durable`: data, fsync, rename, directory fsync.
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import fcntl
+import mmap
 import os
 import re
 import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Protocol
 
 from blkckpt import durable, errors
 
 _KEY = re.compile(r"[a-z]+(/[A-Za-z0-9][A-Za-z0-9._-]{0,90}){1,2}")
-_IOV = min(os.sysconf("SC_IOV_MAX"), 1024)
 _OPEN_FILES = 128
 """Descriptors of objects kept open for reading."""
 
-_WRITEBACK = 16 << 20
-"""Start writing dirty pages out every so many bytes, so that the last fsync is short (measured: 1 GiB of random data
-is appended in 1.1 s either way, but the fsync at the end takes 0.05 s instead of 0.5 s)."""
-
-_SYNC_FILE_RANGE_WRITE = 2
-_libc = ctypes.CDLL(None, use_errno=True)
+_BUFFER = 4 << 20
+_ALIGN = 4096
+"""What ``O_DIRECT`` may want lengths and offsets to be multiples of."""
 
 
 class Appender(Protocol):
@@ -215,30 +213,49 @@ class _Shared:
 
 
 class LocalAppender:
-    """A file in ``tmp/``, locked while its writer lives, renamed to its key by ``commit``."""
+    """A file in ``tmp/``, locked while its writer lives, renamed to its key by ``commit``.
+
+    What is appended is gathered in one of two aligned buffers, while the other is written with ``O_DIRECT`` where
+    the file system can (1 GiB of random data: 0.1 s of system time instead of 0.8 to 1.9 s through the page cache,
+    nothing left for the last fsync to do, and the guest's cache stays).  The last, unaligned bytes go through the
+    page cache.
+    """
 
     def __init__(self, temporary: Path, path: Path) -> None:
         self._temporary, self._path = temporary, path
-        self.size = 0
-        self._started = 0
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._descriptor = os.open(temporary, flags, 0o600)
+        self._descriptor, self._direct = _create_direct(temporary)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._buffers = [mmap.mmap(-1, _BUFFER), mmap.mmap(-1, _BUFFER)]
+        self._written = self._filled = 0
+        self._writer = futures.ThreadPoolExecutor(1, "blkckpt-write")
+        self._pending: futures.Future[None] | None = None
+
+    @property
+    def size(self) -> int:
+        return self._written + self._filled
 
     def append(self, buffers: Sequence[bytes | memoryview]) -> None:
-        """Append all *buffers*, in as few calls as the system allows."""
-        try:
-            for start in range(0, len(buffers), _IOV):
-                self._write(list(buffers[start : start + _IOV]))
-            self._start_writeback()
-        except OSError as error:
-            raise errors.from_os_error(
-                error, f"writing {self._path.name} in the store {self._path.parents[2]}"
-            ) from error
+        """Append all *buffers*.  An error may be that of an earlier call; after one only ``abort`` is left."""
+        for buffer in buffers:
+            view = memoryview(buffer)
+            while view:
+                part = view[: _BUFFER - self._filled]
+                end = self._filled + len(part)
+                self._buffers[0][self._filled : end] = part
+                self._filled = end
+                view = view[len(part) :]
+                if end == _BUFFER:
+                    self._flush()
 
     def commit(self) -> None:
         """Data durable, then the name; the object exists afterwards, also after a power cut."""
+        aligned = self._filled & ~(_ALIGN - 1)
         try:
+            self._wait()
+            with memoryview(self._buffers[0]) as buffer:
+                self._write(buffer[:aligned], self._written)
+                self._set_buffered()
+                self._write(buffer[aligned : self._filled], self._written + aligned)
             os.fsync(self._descriptor)
             durable.publish(self._temporary, self._path)
         except OSError as error:
@@ -247,32 +264,65 @@ class LocalAppender:
         self._close()
 
     def abort(self) -> None:
-        self._temporary.unlink(missing_ok=True)
-        self._close()
+        """Remove the file; no error after ``commit`` or another ``abort``."""
+        if self._descriptor >= 0:
+            self._temporary.unlink(missing_ok=True)
+            self._close()
 
     def _close(self) -> None:
+        self._writer.shutdown()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _write(self, buffers: list[bytes | memoryview]) -> None:
-        while buffers:
-            written = os.writev(self._descriptor, buffers)
-            self.size += written
-            while buffers and written >= len(buffers[0]):
-                written -= len(buffers[0])
-                buffers.pop(0)
-            if written:
-                buffers[0] = memoryview(buffers[0])[written:]
+    def _flush(self) -> None:
+        """Let the full buffer be written in the background and go on with the other one."""
+        self._wait()
+        self._pending = self._writer.submit(self._write_full, self._buffers[0], self._written)
+        self._buffers.reverse()
+        self._written += _BUFFER
+        self._filled = 0
 
-    def _start_writeback(self) -> None:
-        """Ask the kernel to begin writing; a hint, so its failure is no error (the fsync will tell)."""
-        if self.size - self._started >= _WRITEBACK:
-            length = self.size - self._started
-            _libc.sync_file_range(
-                self._descriptor, ctypes.c_int64(self._started), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE
-            )
-            self._started = self.size
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                pending.result()
+            except OSError as error:
+                doing = f"writing {self._path.name} in the store {self._path.parents[2]}"
+                raise errors.from_os_error(error, doing) from error
+
+    def _write_full(self, buffer: mmap.mmap, offset: int) -> None:
+        with memoryview(buffer) as view:
+            self._write(view, offset)
+
+    def _write(self, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                done += os.pwrite(self._descriptor, view[done:], offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._set_buffered()  # the file system took O_DIRECT at open only, or wants another alignment
+
+    def _set_buffered(self) -> None:
+        if self._direct:
+            flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+            self._direct = False
+
+
+def _create_direct(path: Path) -> tuple[int, bool]:
+    """A new file for writing, and whether it bypasses the page cache."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o600), True
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    path.unlink(missing_ok=True)  # some file systems create the file before they refuse the flag
+    return os.open(path, flags, 0o600), False
 
 
 def _residue(path: Path, dry_run: bool) -> int | None:

@@ -182,8 +182,8 @@ def run(
             if not dry_run:
                 store.backend.delete(key)
         if not dry_run:
+            cache.drop(dead_packs)
             for pack in dead_packs:
-                cache.drop(pack)
                 store.delete(pack)
         temporaries, temporary_bytes = store.backend.sweep(dry_run=dry_run)
     live = sum(usage.live() for pack, usage in marks.usage.items() if pack in sizes)

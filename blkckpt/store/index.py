@@ -9,7 +9,8 @@ old one open goes on with it and merely finds fewer duplicates.
 Nothing here is believed (rule S4): every row carries a crc32 of its columns, and a hit counts only when its pack is
 in the store and long enough.  A database that SQLite finds malformed is set aside and made anew.
 
-Lookups go by the batch: one statement for up to 128 hashes, 1.5 µs a hash.
+Lookups go by the batch, one statement for up to 128 hashes: 3 to 8 µs a hash.  Adding a pack of 8,192 chunks
+takes 0.1 s.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ CREATE TABLE IF NOT EXISTS meta (store BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS packs (pack BLOB PRIMARY KEY, size INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS chunks (hash BLOB PRIMARY KEY, pack BLOB NOT NULL, place INTEGER NOT NULL,
     stored INTEGER NOT NULL, raw INTEGER NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS by_pack ON chunks (pack);
+CREATE TEMP TABLE IF NOT EXISTS dead (pack BLOB PRIMARY KEY) WITHOUT ROWID;
 """
 
 _logger = log.get(__name__)
@@ -68,15 +69,15 @@ class ChunkIndex:
             except sqlite3.DatabaseError as error:
                 self._discard(error)
 
-    def drop(self, pack: int) -> None:
-        """Forget a pack that is being deleted."""
+    def drop(self, packs: Iterable[int]) -> None:
+        """Forget packs that are being deleted (in one pass over the table: they are not indexed by pack)."""
+        blobs = [(_blob(pack),) for pack in packs]
         with self._lock:
-            self._sizes.pop(pack, None)
+            for (blob,) in blobs:
+                self._sizes.pop(int.from_bytes(blob, "big"), None)
             try:
-                database = self._connect()
-                with database:
-                    database.execute("DELETE FROM chunks WHERE pack = ?", (_blob(pack),))
-                    database.execute("DELETE FROM packs WHERE pack = ?", (_blob(pack),))
+                if blobs:
+                    self._drop(self._connect(), blobs)
             except sqlite3.DatabaseError as error:
                 self._discard(error)
 
@@ -87,8 +88,7 @@ class ChunkIndex:
             try:
                 database = self._connect()
                 known = {int.from_bytes(row[0], "big") for row in database.execute("SELECT pack FROM packs")}
-                for pack in known - set(self._sizes):
-                    self.drop(pack)
+                self.drop(known - set(self._sizes))
                 return sum(self._load(database, pack, load) for pack in sorted(set(self._sizes) - known))
             except sqlite3.DatabaseError as error:
                 self._discard(error)
@@ -127,6 +127,13 @@ class ChunkIndex:
             pack = int.from_bytes(pack_blob, "big")
             if 0 < stored <= raw <= layout.CHUNK and place + stored <= self._size(pack):
                 found[digest] = layout.Entry(digest, pack, place, stored, raw)
+
+    def _drop(self, database: sqlite3.Connection, blobs: list[tuple[bytes]]) -> None:
+        with database:
+            database.execute("DELETE FROM dead")
+            database.executemany("INSERT INTO dead VALUES (?)", blobs)
+            database.execute("DELETE FROM chunks WHERE pack IN dead")
+            database.execute("DELETE FROM packs WHERE pack IN dead")
 
     def _size(self, pack: int) -> int:
         """The size of pack *pack*, 0 if it is not in the store.  Looked up again only for an unknown one."""
