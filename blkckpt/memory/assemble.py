@@ -1,0 +1,193 @@
+"""From stream records to RAM images: where each page goes, and which chunks are complete.
+
+The :class:`Assembler` is the parser's sink.  Pages of main blocks are written to a raw image at once, straight from
+the receive buffer (one ``pwritev`` a run: 190,000 pages in 0.24 s, half of what a shared mapping takes, whose every
+first touch is a page fault).  Small blocks are kept in memory.  For every page of a main block one byte says what has
+arrived:
+
+====  =========================================================
+0     nothing yet (a page that never comes is zero)
+1     a zero page
+2     data, which is in the raw image
+====  =========================================================
+
+A chunk of 64 KiB is *complete* when all its pages have arrived, and is then given out, once.  QEMU's background
+snapshot sends every page once.  A plain migration sends pages again that the guest has changed meanwhile: the raw
+image always has the newest, but if the chunk had been given out the block is *stale*, and all of it must be read
+again at the end.
+
+Used from one thread, except for :meth:`Block.data_chunks`, which may be asked about chunks given out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blkckpt import errors
+from blkckpt.memory import image, records, skeleton, stream
+from blkckpt.store import layout
+
+_VECTORS = 1024
+"""IOV_MAX: the pieces of one pwritev."""
+
+
+class Block:
+    """A main block: its raw image and what has arrived of it."""
+
+    def __init__(self, info: records.Block, raw: image.RawWriter) -> None:
+        self.info = info
+        self.raw = raw
+        self.stale = False
+        self._per_chunk = max(layout.CHUNK // info.page_size, 1)
+        self._pages = info.size // info.page_size
+        self.chunks = layout.chunk_count(info.size)
+        self._seen = np.zeros(self.chunks * self._per_chunk, np.uint8)
+        self._seen[self._pages :] = 1  # beyond the end of a block that is no multiple of a chunk
+        self._given = np.zeros(self.chunks, np.bool_)
+        self._touched: list[list[int]] = []
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing at all has arrived."""
+        return not self._seen[: self._pages].any()
+
+    def pages(self, first: int, count: int, data: memoryview, offset: int, stride: int) -> None:
+        """Write a run of pages and note it."""
+        size = self.info.page_size
+        for at in range(0, count, _VECTORS):
+            number = min(_VECTORS, count - at)
+            start = offset + at * stride
+            rows = [data[begin : begin + size] for begin in range(start, start + number * stride, stride)]
+            self.raw.writev((first + at) * size, rows, number * size)
+        self._note(first, count, 2)
+
+    def zeros(self, first: int, count: int) -> None:
+        """Note a run of zero pages; where data had arrived before, zeros are written over it."""
+        seen = self._seen[first : first + count]
+        if seen.any():
+            size = self.info.page_size
+            for page in np.flatnonzero(seen == 2).tolist():
+                self.raw.write((first + page) * size, bytes(size))
+        self._note(first, count, 1)
+
+    def _note(self, first: int, count: int, what: int) -> None:
+        stop = first + count
+        seen = self._seen[first:stop]
+        if seen.any() and self._given[first // self._per_chunk : -(-stop // self._per_chunk)].any():
+            self.stale = True
+        seen[:] = what
+        if self._touched and self._touched[-1][1] == first:
+            self._touched[-1][1] = stop
+        else:
+            self._touched.append([first, stop])
+
+    def complete(self) -> Iterator[tuple[int, int]]:
+        """Give out the chunks completed since the last call: (first chunk, past the last)."""
+        touched, self._touched = self._touched, []
+        for first, stop in touched:
+            yield from self._give(first // self._per_chunk, -(-stop // self._per_chunk), all_pages=True)
+
+    def rest(self) -> Iterator[tuple[int, int]]:
+        """Give out every chunk that has not been (the stream has ended); all of them again if the block is stale."""
+        if self.stale:
+            self._given[:] = False
+        yield from self._give(0, self.chunks, all_pages=False)
+
+    def _give(self, low: int, high: int, *, all_pages: bool) -> Iterator[tuple[int, int]]:
+        given = self._given[low:high]
+        ready = ~given
+        if all_pages:
+            ready &= self._by_chunk(low, high).all(axis=1)
+        for start, stop in runs(ready):
+            given[start:stop] = True
+            yield low + start, low + stop
+
+    def data_chunks(self, low: int, high: int) -> NDArray[np.bool_]:
+        """Which of the chunks have any data (the others are zeros)."""
+        mask: NDArray[np.bool_] = (self._by_chunk(low, high) == 2).any(axis=1)
+        return mask
+
+    def _by_chunk(self, low: int, high: int) -> NDArray[np.uint8]:
+        return self._seen[low * self._per_chunk : high * self._per_chunk].reshape(high - low, self._per_chunk)
+
+
+def runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """(start, stop) of the runs of true."""
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=np.int8(0), append=np.int8(0)))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+class Assembler:
+    """The sink; *directory* is where raw images are made (without a name: see :mod:`blkckpt.memory.image`)."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._blocks: list[Block | NDArray[np.uint8]] = []
+        self.main: list[Block] = []
+        self.ram: stream.Layout | None = None
+
+    @property
+    def total(self) -> int:
+        """Bytes of RAM, once the block list is read."""
+        return sum(block.size for block in self.ram.blocks) if self.ram else 0
+
+    def layout(self, layout: stream.Layout) -> None:
+        if "x-ignore-shared" in layout.configuration.capabilities:
+            raise errors.ProtocolError(
+                "memory stream: capability 'x-ignore-shared' must be off, or shared memory would be missing"
+            )
+        self.ram = layout
+        small = skeleton.choose_small(layout.blocks)
+        for info in layout.blocks:
+            if info.name in small:
+                self._blocks.append(np.zeros((info.size // info.page_size, info.page_size), np.uint8))
+            else:
+                block = Block(info, image.RawWriter(self._directory, info.size))
+                self._blocks.append(block)
+                self.main.append(block)
+
+    def pages(self, block: int, first: int, count: int, data: memoryview, offset: int, stride: int) -> None:
+        target = self._blocks[block]
+        if isinstance(target, Block):
+            target.pages(first, count, data, offset, stride)
+        else:
+            rows = np.ndarray((count, target.shape[1]), np.uint8, data, offset, (stride, 1))
+            target[first : first + count] = rows
+
+    def zeros(self, block: int, first: int, count: int, fill: int) -> None:
+        target = self._blocks[block]
+        if not isinstance(target, Block):
+            target[first : first + count] = fill
+        elif fill:
+            page = memoryview(bytes([fill]) * target.info.page_size)
+            for number in range(first, first + count):
+                target.pages(number, 1, page, 0, len(page))
+        else:
+            target.zeros(first, count)
+
+    def check(self) -> None:
+        """The stream has ended: a main block of which nothing came is an error."""
+        for block in self.main:
+            if block.empty:
+                raise errors.ProtocolError(
+                    f"memory stream: it has no page of RAM block {block.info.name!r}; capabilities 'multifd', "
+                    "'postcopy-ram' and 'x-ignore-shared' must be off"
+                )
+
+    def small(self) -> Mapping[str, memoryview]:
+        """The contents of the small blocks."""
+        assert self.ram is not None
+        return {
+            info.name: block.data.cast("B")
+            for info, block in zip(self.ram.blocks, self._blocks, strict=True)
+            if not isinstance(block, Block)
+        }
+
+    def close(self) -> None:
+        """Drop every raw image that was not published."""
+        for block in self.main:
+            block.raw.close()
