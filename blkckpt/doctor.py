@@ -41,6 +41,12 @@ LOW_SPACE = 5 << 30
 MODULES = ("lz4.block", "numpy", "blkckpt.control.host", "blkckpt.store.store")
 """What the plugin and its helpers import in nbdkit's interpreter."""
 
+REINSTALL = (
+    "install blkckpt for /usr/bin/python3: tools/setup, or "
+    "pipx install --python /usr/bin/python3 --system-site-packages blkckpt"
+)
+"""Another interpreter of the same version (pyenv, conda) has other packages: nbdkit embeds the distribution's."""
+
 
 class Status(enum.Enum):
     OK = "ok"
@@ -110,15 +116,11 @@ def nbdkit_interpreter() -> Finding:
     version = f"Python {probe.major}.{probe.minor}"
     if (probe.major, probe.minor) != sys.version_info[:2]:
         own = f"{sys.version_info[0]}.{sys.version_info[1]}"
-        advice = (
-            f"blkckpt runs in {own}; what is installed there cannot be imported in {probe.major}.{probe.minor}: "
-            "install it for /usr/bin/python3 (tools/setup, or pipx install --python /usr/bin/python3 "
-            "--system-site-packages blkckpt)"
-        )
+        advice = f"what is installed for {own} cannot be imported in {probe.major}.{probe.minor}: {REINSTALL}"
         return Finding(name, Status.FAIL, f"{version}, which is not ours", advice)
     if probe.missing:
         found = f"{version} cannot import {', '.join(probe.missing)}"
-        return Finding(name, Status.FAIL, found, _install_modules(probe.missing))
+        return Finding(name, Status.FAIL, found, REINSTALL)
     try:
         plugin = nbdserver.plugin_path()
     except errors.MissingError as error:
@@ -194,7 +196,7 @@ def libraries() -> Finding:
     if "blake3" in missing and len(missing) == 1:
         return Finding("libraries", Status.WARN, "no blake3: new stores use SHA-256 (slower)", "pip install blake3")
     if missing:
-        return Finding("libraries", Status.FAIL, f"missing: {', '.join(missing)}", _install_modules(tuple(missing)))
+        return Finding("libraries", Status.FAIL, f"missing: {', '.join(missing)}", REINSTALL)
     return Finding("libraries", Status.OK, "lz4, blake3, numpy, qemu.qmp")
 
 
@@ -391,9 +393,3 @@ def _import(name: str) -> ModuleType | None:
         return importlib.import_module(name)
     except ImportError:
         return None
-
-
-def _install_modules(missing: tuple[str, ...]) -> str:
-    if any(name.startswith("nbd ") or name == "nbd" for name in missing):
-        return "apt install python3-libnbd"
-    return "install blkckpt for /usr/bin/python3: tools/setup, or pipx install --system-site-packages blkckpt"
