@@ -18,10 +18,10 @@ PACKAGE = ROOT / "blkckpt"
 RANKS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"units", "log", "durable"}),
-    frozenset({"paths", "disk.barrier", "disk.api", "memory.records"}),
+    frozenset({"paths", "disk.barrier", "disk.api", "disk.blocks", "memory.records"}),
     # Pure: values and bytes, no process, no socket.
     frozenset({
-        "disk.blocks", "disk.blockmap", "disk.format", "control.messages", "control.wire", "store.layout",
+        "disk.blockmap", "disk.format", "control.messages", "control.wire", "store.layout",
         "store.manifest", "agent.plan", "agent.qemuargs", "memory.stream", "memory.skeleton",
         "vm.definition", "vm.unfinished", "vm.commandline",
         "vm.barrier",
@@ -34,10 +34,12 @@ RANKS: tuple[frozenset[str], ...] = (
     }),
     frozenset({"disk.maps", "memory.assemble", "agent.rundir"}),
     frozenset({"disk.layer", "memory.intake", "store.images", "agent.nbdserver"}),
-    frozenset({"store.collect", "store.writer"}),
+    frozenset({"store.collect", "store.frozen", "store.writer"}),
     frozenset({"disk.chain", "store.store"}),
     frozenset({"disk.copier", "disk.commit", "disk.fill", "disk.stack", "store.check", "store.ingest", "memory.feed"}),
-    frozenset({"disk.disk", "memory.receive", "agent.forget"}),
+    frozenset({"disk.disk", "disk.statefile", "memory.receive", "agent.forget"}),
+    frozenset({"disk.member"}),
+    frozenset({"disk.background"}),
     frozenset({"disk.group", "agent.runner", "view.tree"}),
     frozenset({"control.service", "agent.supervisor", "view.fuse"}),
     frozenset({"control.host", "restore.disks", "restore.ram"}),

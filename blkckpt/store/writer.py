@@ -129,7 +129,8 @@ class ImageWriter:
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Store *data* at *offset*: whole chunks (a short one only at the image's end), each at most once.
 
-        *data* may be reused on return; ``bytes`` are not copied.  Blocks while too much is under way.  Raises what went wrong in any thread.
+        *data* may be reused on return; ``bytes`` are not copied.  Blocks while too much is under way.
+        Raises what went wrong in any thread.
         """
         view = memoryview(data).cast("B")
         number = self._claim(offset, len(view))
