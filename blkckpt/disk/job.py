@@ -89,3 +89,38 @@ class Job:
         text = None if error is None else str(error) or type(error).__name__
         kind = None if error is None else type(error).__name__
         return api.JobStatus(self.id, self.kind, state, done, total, self._result, text, kind)
+
+
+class Pace:
+    """How background work leaves the disks to the guest: called after each window.
+
+    While the guest is active the work rests as long as it worked (half of the disk's time at most), never longer
+    than :data:`MAX_REST`; an idle guest does not slow it.  A *rate* in bytes a second bounds it in any case.
+    """
+
+    MAX_REST = 0.25
+
+    def __init__(self, stop: threading.Event, activity: Callable[[], int] = lambda: 0, rate: int | None = None) -> None:
+        self.stop = stop
+        self._activity = activity
+        self._rate = rate
+        self._seen = activity()
+        self._began = time.monotonic()
+
+    def check(self) -> None:
+        """Raise :class:`errors.StateError` if the work is to stop."""
+        if self.stop.is_set():
+            raise errors.StateError("stopped; it goes on when the disks are served again")
+
+    def rest(self, moved: int) -> None:
+        """Yield after *moved* bytes."""
+        worked = time.monotonic() - self._began
+        seen = self._activity()
+        pause = min(worked, self.MAX_REST) if seen != self._seen else 0.0
+        if self._rate:
+            pause = max(pause, moved / self._rate - worked)
+        if pause > 0:
+            self.stop.wait(pause)
+        self._seen = self._activity()
+        self._began = time.monotonic()
+        self.check()
