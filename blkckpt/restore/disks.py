@@ -12,44 +12,55 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 from blkckpt import errors, paths
 from blkckpt.disk import api, group
 from blkckpt.store import manifest
+from blkckpt.store import store as stores
 from blkckpt.vm import definition, unfinished
 
 
 @contextlib.contextmanager
-def reserved(vm: paths.VmPaths, checkpoint: str) -> Iterator[None]:
+def reserved(vm: paths.VmPaths, store: stores.Store, checkpoint: str) -> Iterator[None]:
     """Hold the name of *vm*, new, marked as unfinished; if the body fails everything below it is removed."""
     _reserve(vm, checkpoint)
     try:
         yield
         unfinished.clear(vm)
     except BaseException:
+        with contextlib.suppress(errors.BlkckptError):
+            store.unpin(definition.load(vm).id)
         remove(vm)
         raise
 
 
-def create(vm: paths.VmPaths, store: Path, checkpoint: manifest.Manifest) -> definition.VmDefinition:
+def create(vm: paths.VmPaths, store: stores.Store, checkpoint: manifest.Manifest) -> definition.VmDefinition:
     """Make and define the disks of *vm*, inside :func:`reserved`.
 
-    The new VM keeps its own checkpoints in *store* too, so that they share chunks with the one it came from.
+    The new VM keeps its own checkpoints in *store* too, so that they share chunks with the one it came from.  The
+    images are pinned there under the new VM's id (rule R5).
     """
+    place = str(store.path.resolve())
     described = [
         definition.disk(
             disk.name,
             vm.root / "disks" / f"{disk.name}.raw",
             disk.size,
-            definition.ImageSource(str(store), disk.image),
+            definition.ImageSource(place, disk.image),
         )
         for disk in checkpoint.disks
     ]
     paths.private_directory(vm.root / "disks")
-    made = definition.create(vm, described, store=str(store))
-    group.DiskGroup.create(vm, made.id, [_spec(disk) for disk in described])
+    vm_id = uuid.uuid4().hex
+    store.pin(vm_id, [disk.image for disk in checkpoint.disks])
+    try:
+        made = definition.create(vm, described, store=place, vm_id=vm_id)
+        group.DiskGroup.create(vm, made.id, [_spec(disk) for disk in described])
+    except BaseException:
+        store.unpin(vm_id)
+        raise
     return made
 
 

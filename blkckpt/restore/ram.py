@@ -7,7 +7,8 @@ keeps the file's contents for as long as the machine lives.
 the checkpoint (same boot, same store image: :func:`blkckpt.memory.image.usable`), a copy-less share of an immutable
 file; else it is materialised from the store first.  The stream then holds everything but those blocks' pages.
 
-*Eager*: the stream holds every page.
+*Eager*: the stream holds every page, read from the kept raw image where there is one (no chunk needs to be
+decompressed then), else from the store.
 """
 
 from __future__ import annotations
@@ -35,6 +36,15 @@ class Memory:
     store: stores.Store
     image: manifest.MemoryImage
     skeleton: skeleton.Skeleton
+    kept: Path | None = None
+    """Where raw images of the blocks may lie."""
+
+    def raw(self, block: manifest.RamBlock) -> Path | None:
+        """The whole raw image of *block* that was kept with the checkpoint, if there is one."""
+        if self.kept is None:
+            return None
+        path = self.kept / image.file_names([each.name for each in self.image.blocks])[block.name]
+        return path if image.usable(path, block.size, block.image) else None
 
 
 def directory(vm: paths.VmPaths) -> Path:
@@ -42,21 +52,22 @@ def directory(vm: paths.VmPaths) -> Path:
     return vm.root / "incoming"
 
 
-def open_memory(store: stores.Store, checkpoint: manifest.Manifest) -> Memory:
-    """Read the skeleton of *checkpoint*.  Raises :class:`errors.InputError` when it has no memory."""
+def open_memory(store: stores.Store, checkpoint: manifest.Manifest, kept: Path | None = None) -> Memory:
+    """Read the skeleton of *checkpoint*; raw images may lie in *kept*.
+
+    Raises :class:`errors.InputError` when the checkpoint has no memory.
+    """
     if checkpoint.memory is None:
         raise errors.InputError(f"{checkpoint.vm}@{checkpoint.name} holds disks only; there is no memory to go on from")
     size = checkpoint.memory.skeleton_size
     if size > skeleton.MAX_SIZE:
         raise errors.CorruptError(f"{checkpoint.vm}@{checkpoint.name}: a memory skeleton of {size} bytes cannot be")
     data = store.image(checkpoint.memory.skeleton).read(0, size)
-    return Memory(store, checkpoint.memory, skeleton.decode(data))
+    return Memory(store, checkpoint.memory, skeleton.decode(data), kept)
 
 
-def link_or_make(
-    vm: paths.VmPaths, kept: Path | None, memory: Memory, lazy: Collection[str], progress: Progress
-) -> dict[str, Path]:
-    """A raw image for each block named in *lazy*, in :func:`directory`; *kept* is where the checkpoint's may lie."""
+def link_or_make(vm: paths.VmPaths, memory: Memory, lazy: Collection[str], progress: Progress) -> dict[str, Path]:
+    """A raw image for each block named in *lazy*, in :func:`directory`."""
     place = paths.private_directory(directory(vm))
     names = image.file_names([block.name for block in memory.image.blocks])
     result = {}
@@ -64,16 +75,15 @@ def link_or_make(
         if block.name not in lazy:
             continue
         target = place / names[block.name]
-        if kept is None or not _link(kept / names[block.name], target, block):
+        kept = memory.raw(block)
+        if kept is None or not _link(kept, target, block):
             _materialise(memory.store, block, target, progress)
         result[block.name] = target
     return result
 
 
 def _link(source: Path, target: Path, block: manifest.RamBlock) -> bool:
-    """Share the image kept with the checkpoint, if there is a whole one on the same file system."""
-    if not image.usable(source, block.size, block.image):
-        return False
+    """Share the image kept with the checkpoint, if it is on the same file system."""
     try:
         for suffix in ("", ".json"):
             target.with_name(target.name + suffix).unlink(missing_ok=True)
@@ -94,10 +104,16 @@ def _materialise(store: stores.Store, block: manifest.RamBlock, target: Path, pr
 
 def stream(memory: Memory, lazy: Collection[str]) -> Iterator[bytes | memoryview]:
     """The pieces of the stream without the pages of *lazy*; each is valid until the next one is asked for."""
-    readers: dict[str, generate.RamReader] = {
-        block.name: memory.store.image(block.image) for block in memory.image.blocks if block.name not in lazy
-    }
-    return generate.lean(memory.skeleton, readers, lazy)
+    with contextlib.ExitStack() as stack:
+        readers: dict[str, generate.RamReader] = {}
+        for block in memory.image.blocks:
+            if block.name in lazy:
+                continue
+            if raw := memory.raw(block):
+                readers[block.name] = stack.enter_context(image.RawReader(raw))
+            else:
+                readers[block.name] = memory.store.image(block.image)
+        yield from generate.lean(memory.skeleton, readers, lazy)
 
 
 def blocks(memory: Memory) -> tuple[records.Block, ...]:

@@ -332,7 +332,7 @@ class Sandbox:
         return self.serial.accept()
 
     def stop(self, name: str) -> None:
-        self.run("stop", name, "--now")
+        self.run("stop", name)
 
     def remove(self, name: str) -> None:
         self.run("vm", "rm", name, "--yes")
@@ -360,7 +360,7 @@ class Sandbox:
         """Stop everything that belongs to this home, by pid."""
         for name in self._machines:
             with contextlib.suppress(CommandError, subprocess.TimeoutExpired):
-                self.run("stop", name, "--now", timeout=30)
+                self.run("stop", name, timeout=60)
         for _ in range(3):  # a supervisor may start a child once more while it is being killed
             for pid in self.processes():
                 with contextlib.suppress(ProcessLookupError):

@@ -1,0 +1,190 @@
+"""kill -9 at every stage of a checkpoint: of the agent, the disk server, the copier, QEMU.
+
+The agent runs here in a process of its own in which one verb of the control socket is bent: just before or just after
+it is sent, somebody is killed.  So every stage is met, without luck.  Afterwards the guest must have seen no wrong
+byte and no error, nothing of the checkpoint may be left but (if it got so far) a whole one, and the next works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blkckpt import paths
+from blkckpt.control import client
+from blkckpt.store import store as stores
+from tests.support import guest
+
+AGENT = """
+import os, signal, subprocess, sys
+from blkckpt import errors, paths
+from blkckpt.agent import runner
+from blkckpt.control import client
+from blkckpt.store import store
+from blkckpt.vm import definition
+
+home, name, verb, when, victim = sys.argv[1:]
+vm = paths.home(home).vm("v")
+call = client.Client.call
+
+def children(pid):
+    out = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(word) for word in out.split()]
+
+def kill(self):
+    victims = {"agent": [os.getpid()], "server": [self.welcome.pid], "copier": children(self.welcome.pid)}
+    for pid in victims[victim] if victim in victims else [int(victim)]:
+        os.kill(pid, signal.SIGKILL)
+
+def bent(self, asked, *words, **more):
+    if asked == verb and when == "before":
+        kill(self)
+    result = call(self, asked, *words, **more)
+    if asked == verb and when == "after":
+        kill(self)
+    return result
+
+client.Client.call = bent
+place = store.Store.open_or_init(paths.home(home).store)
+try:
+    runner.take(vm, definition.load(vm), place, runner.CheckpointOptions(name=name), lambda *_: None)
+except errors.BlkckptError as error:
+    print(f"{type(error).__name__}: {error}")
+    sys.exit(error.exit_code)
+"""
+
+VERBS = ("prepare", "arm", "switch", "copy", "wait", "commit")
+REST_SECONDS = 30.0
+
+
+def take_and_kill(box: guest.Sandbox, name: str, verb: str, when: str, victim: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", AGENT, str(box.home), name, verb, when, victim]
+    return subprocess.run(words, capture_output=True, text=True, timeout=90, env=box.environment, cwd=guest.ROOT)
+
+
+def wait_for_rest(box: guest.Sandbox) -> dict[str, Any]:
+    """Until the disks of "v" are back on their bases, by themselves."""
+    vm = paths.home(box.home).vm("v")
+    deadline = time.monotonic() + REST_SECONDS
+    while True:
+        with contextlib.suppress(Exception), client.Client.connect(vm.control_socket, name="test") as peer:
+            status = peer.status()
+            if status["state"] == "rest" and not any(disk["overlays"] for disk in status["disks"]):
+                return status
+        assert time.monotonic() < deadline, "the disks do not come back to rest"
+        time.sleep(0.05)
+
+
+def names(box: guest.Sandbox) -> set[str]:
+    if not (box.home / "store/store.json").exists():
+        return set()
+    with stores.Store.open(box.home / "store") as store:
+        return {name for _, name in store.names("v")}
+
+
+def check_no_residue(box: guest.Sandbox) -> None:
+    vm = paths.home(box.home).vm("v")
+    overlays = [path.name for path in vm.layers.rglob("*") if path.is_file() and "overlay" in path.name]
+    assert not overlays, f"layers left behind: {overlays}"
+    assert not box.find("blkckpt.store.ingest"), "a copier is left"
+    assert not box.find("blkckpt.memory.receive"), "a memory receiver is left"
+    kept = {path.name for path in vm.memory.iterdir()} if vm.memory.is_dir() else set()
+    assert kept <= names(box), "memory images of a checkpoint that is not"
+
+
+def check_well(box: guest.Sandbox, console: guest.Console) -> None:
+    """The guest goes on and every byte is right."""
+    before = console.beat()
+    assert console.sweep() == 0, console.complaints()
+    assert console.beat().writes > before.writes
+    console.check()
+
+
+def check_whole_or_absent(box: guest.Sandbox, name: str) -> None:
+    if name in names(box):
+        box.run("verify", f"v@{name}")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("victim", ["agent", "server"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_guest_sees_nothing_of_a_kill(
+    box: guest.Sandbox, writer: guest.Console, verb: str, victim: str, when: str
+) -> None:
+    """D7, A3."""
+    name = f"{victim}-{verb}-{when}"
+    result = take_and_kill(box, name, verb, when, victim)
+    assert result.returncode != 0 or name in names(box), result.stdout + result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    wait_for_rest(box)
+    check_well(box, writer)
+    check_no_residue(box)
+    check_whole_or_absent(box, name)
+
+
+def test_killed_copier_fails_the_checkpoint_only(box: guest.Sandbox, writer: guest.Console) -> None:
+    result = take_and_kill(box, "copier", "copy", "after", "copier")
+    assert result.returncode not in (0, -signal.SIGKILL), result.stdout + result.stderr
+    assert "copier" not in names(box)
+    wait_for_rest(box)
+    check_well(box, writer)
+    check_no_residue(box)
+
+
+def test_after_all_that_a_checkpoint_works(box: guest.Sandbox, writer: guest.Console) -> None:
+    """Depends on what the tests above left."""
+    token = writer.beat().token
+    box.run("checkpoint", "v", "--name", "last")
+    copy = box.restore("v@last", "copy")
+    assert copy.beat().token == token
+    assert copy.sweep() == 0, copy.complaints()
+    box.stop("copy")
+    box.remove("copy")
+
+
+@pytest.mark.parametrize("verb", ["arm", "copy", "commit"])
+def test_killed_qemu_leaves_the_disks_at_rest(sandbox: guest.Sandbox, verb: str) -> None:
+    """The supervisor sees its end and closes the disks; what the guest had flushed is in the base."""
+    files = sandbox.create("v", {"vda": 48 << 20})
+    console = sandbox.boot("v", "writer", memory=128, span=32, rate=1000)
+    console.beat()
+    qemu = sandbox.json("status", "v")["vms"][0]["machine"]
+    result = take_and_kill(sandbox, "dead", verb, "after", str(qemu))
+    assert result.returncode != 0 or "dead" in names(sandbox), result.stdout + result.stderr
+    console.wait_closed()
+    wait_until_stopped(sandbox)
+    check_whole_or_absent(sandbox, "dead")
+    assert not sandbox.processes()
+    sandbox.run("serve", "v", "--detach")
+    wait_for_rest(sandbox)
+    check_no_residue(sandbox)
+    sandbox.run("stop", "v")
+    assert files["vda"].stat().st_size == 48 << 20
+    assert sandbox.boot("v", "writer", memory=128, span=32).sweep() == 0
+
+
+def wait_until_stopped(box: guest.Sandbox) -> None:
+    deadline = time.monotonic() + REST_SECONDS
+    while box.json("status", "v")["vms"][0]["state"] != "stopped":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_killed_supervisor_and_server_together(box: guest.Sandbox, writer: guest.Console) -> None:
+    """QEMU is alone with its requests until somebody serves the disks again."""
+    running = box.json("status", "v")["vms"][0]
+    for role in ("supervisor", "server"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(running[role], signal.SIGKILL)
+    box.run("serve", "v", "--detach")
+    wait_for_rest(box)
+    check_well(box, writer)
+    assert Path(f"/proc/{running['machine']}").exists()
