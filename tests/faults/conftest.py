@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from blkckpt import paths
+from tests.faults import recorder
 
 
 @pytest.fixture
@@ -18,6 +19,12 @@ def shm() -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(prefix="blkckpt-faults-", dir=paths.LIVE_ROOT)).resolve()
     yield directory
     shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recorder, compiled."""
+    return recorder.build(tmp_path_factory.mktemp("recorder"))
 
 
 @pytest.fixture

@@ -54,7 +54,19 @@ class Node:
 
     def apply(self, change: _Change) -> None:
         _apply(self.content, change)
-        self.changes.append(change)
+        self.changes.append(self._in_sectors(change))
+
+    def _in_sectors(self, change: _Change) -> _Change:
+        """*change* as the disk sees it: whole sectors, with whatever else the page cache has in them by now.
+
+        Without this, two changes of parts of one sector could survive one without the other, which no disk does.
+        """
+        start, end = change.offset // SECTOR * SECTOR, -(-(change.offset + change.count) // SECTOR) * SECTOR
+        end = min(end, len(self.content))
+        whole = change.offset == start and change.offset + change.count == end
+        if whole or change.kind not in (recorder.WRITE, recorder.ZERO) or end <= start:
+            return change
+        return _Change(recorder.WRITE, start, end - start, bytes(self.content[start:end]))
 
     def sync(self) -> None:
         self.durable = bytearray(self.content)
@@ -105,6 +117,8 @@ class State:
 
     files: dict[str, bytes | None]
     cut: int
+    marks: int
+    """How many of the program's own remarks came before: the ledger's time, whatever else the log was made to say."""
     seed: int
 
     def write(self, root: Path) -> None:
@@ -142,12 +156,18 @@ class Machine:
     durable_names: dict[str, Node] = field(default_factory=dict)
     nodes: dict[int, Node] = field(default_factory=dict)
     position: int = 0
+    marks: int = 0
+
+    @classmethod
+    def empty(cls, root: Path) -> Machine:
+        """A machine whose *root* is an empty directory."""
+        top = Node(is_directory=True)
+        return cls(str(root), {"": top}, {"": top})
 
     @classmethod
     def of_directory(cls, root: Path) -> Machine:
         """A machine whose files are those of *root* now, all durable."""
-        machine = cls(str(root))
-        machine.names[""] = Node(is_directory=True)
+        machine = cls.empty(root)
         for path in sorted(root.rglob("*")):
             info = path.lstat()
             is_directory = stat.S_ISDIR(info.st_mode)
@@ -156,6 +176,14 @@ class Machine:
             machine.nodes[info.st_ino] = node
         machine.durable_names = dict(machine.names)
         return machine
+
+    def copy(self) -> Machine:
+        """Another machine in the same state; only one that has not run yet can be copied."""
+        assert self.position == 0
+        twins = {id(node): Node(bytes(node.content), is_directory=node.is_directory) for node in self.names.values()}
+        names = {path: twins[id(node)] for path, node in self.names.items()}
+        nodes = {inode: twins[id(node)] for inode, node in self.nodes.items()}
+        return Machine(self.root, names, dict(names), nodes)
 
     # ---- replay ----
 
@@ -230,8 +258,8 @@ class Machine:
             node.unsynced_names = []
         self.durable_names = dict(self.names)
 
-    def _mark(self, event: recorder.Event) -> None:
-        """Remarks change nothing."""
+    def _mark(self, _event: recorder.Event) -> None:
+        self.marks += 1
 
     # ---- outcomes ----
 
@@ -255,7 +283,7 @@ class Machine:
             if id(node) not in contents:
                 contents[id(node)] = _surviving_content(node, rng, mood)
             files[path] = contents[id(node)]
-        return State(files, self.position, seed)
+        return State(files, self.position, self.marks, seed)
 
     def _surviving_names(self, rng: random.Random, mood: Mood) -> dict[str, Node]:
         names = dict(self.durable_names)

@@ -4,7 +4,7 @@ Per 512-byte sector the ledger keeps its versions: content, when the write was i
 A version *v* may be found after the cut unless it is certain that a later one is durable: some *w*, issued after
 *v* was acknowledged, and acknowledged before a flush was issued that was itself acknowledged before the cut (or
 *w* itself had FUA).  Nothing else may be found: not zeros that nobody wrote, not another sector's bytes, not half
-of one version and half of another (a sector is atomic), not a version from the future.
+of one version and half of another (a sector is atomic), not a version from the future.  Time is counted in marks.
 
 This is rules D2 and D3 from the outside: "an unflushed block after power loss is old or new, never zeros".
 """
@@ -19,7 +19,7 @@ NEVER = 1 << 62
 
 @dataclass(slots=True)
 class Version:
-    """One content of one sector; times are positions in the recorded log."""
+    """One content of one sector; times are numbers of marks in the recorded log."""
 
     content: bytes
     issued: int
@@ -43,7 +43,7 @@ class DiskLedger:
     sectors: list[list[Version]]
     _requests: dict[int, Request] = field(default_factory=dict)
     _flushes: dict[int, int] = field(default_factory=dict)
-    _acknowledged: list[Version] = field(default_factory=list)
+    _unflushed: list[Version] = field(default_factory=list)
     """Acknowledged, not yet covered by a flush."""
 
     @classmethod
@@ -75,30 +75,35 @@ class DiskLedger:
             at += count
         self._requests[request] = Request(versions, fua)
 
-    def acknowledge(self, now: int, request: int) -> None:
-        done = self._requests.pop(request)
+    def flush_issued(self, now: int, request: int) -> None:
+        self._flushes[request] = now
+
+    def acknowledged(self, now: int, request: int) -> None:
+        """Request *request* (a write or a flush; no effect if it is another disk's) has been answered."""
+        if request in self._requests:
+            self._write_acknowledged(now, self._requests.pop(request))
+        elif request in self._flushes:
+            self._flush_acknowledged(now, self._flushes.pop(request))
+
+    def _write_acknowledged(self, now: int, done: Request) -> None:
         for version in done.versions:
             version.acknowledged = now
             if done.fua:
                 version.durable = now
         if not done.fua:
-            self._acknowledged += done.versions
+            self._unflushed += done.versions
 
-    def flush_issued(self, now: int, request: int) -> None:
-        self._flushes[request] = now
-
-    def flush_acknowledged(self, now: int, request: int) -> None:
-        began = self._flushes.pop(request)
+    def _flush_acknowledged(self, now: int, began: int) -> None:
         rest = []
-        for version in self._acknowledged:
+        for version in self._unflushed:
             if version.acknowledged < began:
                 version.durable = now
             else:
                 rest.append(version)
-        self._acknowledged = rest
+        self._unflushed = rest
 
     def allowed(self, number: int, cut: int) -> list[bytes]:
-        """The contents that sector *number* may have after a power cut at log position *cut*."""
+        """The contents that sector *number* may have after a power cut when *cut* marks were made."""
         versions = [version for version in self.sectors[number] if version.issued < cut]
         floor = max((version.issued for version in versions if version.durable < cut), default=-1)
         return [version.content for version in versions if version.acknowledged >= floor]

@@ -19,11 +19,6 @@ from tests.faults import crash, powerloss, recorder, store_workload
 STEPS = 7
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return recorder.build(tmp_path_factory.mktemp("recorder"))
-
-
 @pytest.fixture
 def place(shm: Path) -> Path:
     """The directory that holds the store, and that each state is written to."""
@@ -37,14 +32,14 @@ def record(library: Path, place: Path, seed: int) -> list[recorder.Event]:
     events = recorder.run(
         library, place, log, "tests.faults.store_workload", str(place / "store"), str(seed), str(STEPS)
     )
-    powerloss.assert_complete(crash.Machine(str(place), {"": crash.Node(is_directory=True)}), events, place)
+    powerloss.assert_complete(crash.Machine.empty(place), events, place)
     return events
 
 
-def machine(place: Path) -> crash.Machine:
-    """An empty directory, before the first event."""
-    top = crash.Node(is_directory=True)
-    return crash.Machine(str(place), {"": top}, {"": top})
+def failures(place: Path, events: Sequence[recorder.Event], count: int, seed: int) -> list[str]:
+    """What is wrong after *count* cuts."""
+    machine = crash.Machine.empty(place)
+    return powerloss.failures(machine, events, place, count, seed, lambda state: check(place, events[: state.cut]))
 
 
 class Promises:
@@ -120,7 +115,7 @@ def test_s1_s2_hold_after_any_power_cut(library: Path, place: Path, seed: int, f
     """S1, S2."""
     events = record(library, place, seed)
     count = 1500 if full else 60
-    problems = powerloss.failures(machine(place), events, place, count, seed, lambda _, before: check(place, before))
+    problems = failures(place, events, count, seed)
     assert not problems, f"{len(problems)} of {count} states:\n" + "\n".join(problems[:5])
 
 
@@ -131,7 +126,7 @@ def test_negative_control_manifest_before_packs(library: Path, place: Path) -> N
     early = {event.inode for event in events if event.kind == recorder.RENAME and event.target.startswith(packs)}
     late = {event.inode for event in events if event.kind == recorder.SYNC and event.name.startswith(manifests)}
     broken = recorder.syncs_after(events, early, late)
-    assert powerloss.failures(machine(place), broken, place, 100, 1, lambda _, before: check(place, before))
+    assert failures(place, broken, 100, 1)
 
 
 def test_negative_control_without_directory_syncs(library: Path, place: Path) -> None:
@@ -139,10 +134,10 @@ def test_negative_control_without_directory_syncs(library: Path, place: Path) ->
     events = record(library, place, 0)
     names = {event.inode for event in events if event.kind == recorder.SYNC and event.name}
     broken = recorder.without_syncs(events, names)
-    assert powerloss.failures(machine(place), broken, place, 60, 1, lambda _, before: check(place, before))
+    assert failures(place, broken, 60, 1)
 
 
 def test_negative_control_sync_disabled(library: Path, place: Path) -> None:
     """fsync does nothing: it must be seen."""
     broken = recorder.without_syncs(record(library, place, 0))
-    assert powerloss.failures(machine(place), broken, place, 60, 1, lambda _, before: check(place, before))
+    assert failures(place, broken, 60, 1)

@@ -1,0 +1,206 @@
+"""A random life of a VM's disks, run under the recorder: ``python -m tests.faults.disk_workload HOME SEED STEPS END``.
+
+Writes, zeroes and trims of all sizes from one and two threads, flushes, FUA, and a checkpoint in all its stages
+with guest writes in between: prepared, switched, copied (a stand-in that reads the frozen layers), committed,
+aborted.  Every request is announced to the log before it is issued and after it is acknowledged.
+
+END is ``close`` for a clean stop; ``kill``: the process goes at once, as under kill -9, and its live maps stay; or
+``rest``: it waits for the recovery's end, then stops.
+
+Content is a function of the request's number, so the log need not carry it twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from blkckpt import paths
+from blkckpt.disk import api, disk, group, job
+from tests.faults import recorder
+
+VM = "vm"
+RESULT = '{"result":{"image":"%s","size":0,"read":0,"new":0,"chunks":0,"seconds":0}}' % ("0" * 32)
+STAND_IN = ("/bin/sh", "-c", f"read job; echo '{RESULT}'")
+"""In place of the copy child: takes its orders, answers that it is done."""
+
+HOT = 64 << 10
+"""Most requests fall into this many bytes, so that they meet each other in blocks and map pages."""
+
+mark = recorder.Marker()
+
+
+def content(request: int, length: int) -> bytes:
+    """The bytes of request *request*: unlike those of any other."""
+    return random.Random(request).randbytes(length)
+
+
+class Life:
+    """One run of the workload."""
+
+    def __init__(self, opened: group.DiskGroup, seed: int) -> None:
+        self.group = opened
+        self.rng = random.Random(seed)
+        self.numbers = itertools.count(seed << 24)
+        self.stage = "rest"
+
+    # ---- requests ----
+
+    def request(self, rng: random.Random, name: str, offset: int, length: int) -> None:
+        target = self.group.disks[name]
+        number = next(self.numbers)
+        kind = rng.choices(("write", "zero", "trim"), (8, 1, 1))[0]
+        fua = rng.random() < 0.1
+        mark(issue=number, disk=name, offset=offset, length=length, kind=kind, fua=fua)
+        if kind == "write":
+            target.pwrite(content(number, length), offset, fua)
+        elif kind == "zero":
+            target.zero(length, offset, fua, rng.random() < 0.5, False)
+        else:
+            target.trim(length, offset, fua)
+        mark(ack=number)
+
+    def flush(self, name: str) -> None:
+        number = next(self.numbers)
+        mark(flush=number, disk=name)
+        self.group.disks[name].flush()
+        mark(ack=number)
+
+    def burst(self, count: int) -> None:
+        """Requests of one thread, anywhere, aligned or not."""
+        for _ in range(count):
+            name = self.rng.choice(list(self.group.disks))
+            offset, length = any_range(self.rng, self.group.disks[name])
+            if self.rng.random() < 0.12:
+                self.flush(name)
+            else:
+                self.request(self.rng, name, offset, length)
+
+    def burst_of_two(self, count: int) -> None:
+        """Two threads that share blocks but never a sector (a sector's versions must have an order)."""
+        threads = [
+            threading.Thread(target=self._one_of_two, args=(number, random.Random(self.rng.random()), count))
+            for number in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _one_of_two(self, number: int, rng: random.Random, count: int) -> None:
+        try:
+            for _ in range(count):
+                name = rng.choice(list(self.group.disks))
+                if rng.random() < 0.12:
+                    self.flush(name)
+                    continue
+                offset, length = own_range(rng, self.group.disks[name].size, number)
+                self.request(rng, name, offset, length)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+
+    def work(self) -> None:
+        if self.rng.random() < 0.4:
+            self.burst_of_two(self.rng.randint(3, 12))
+        else:
+            self.burst(self.rng.randint(3, 20))
+
+    # ---- the checkpoint ----
+
+    def step(self) -> None:
+        """Work, and go one stage on with the checkpoint, or break it off."""
+        self.work()
+        if self.stage == "rest":
+            while self.group.status().state is not api.State.REST:  # the recovery of the segment before
+                self.work()
+            self._to("prepared", lambda: self.group.prepare(f"c{next(self.numbers)}"))
+        elif self.rng.random() < 0.15:
+            self._finish(self.group.abort, "aborting")
+        elif self.stage == "prepared":
+            self._to("switched", self.group.switch)
+        elif self.stage == "switched":
+            self._to("copied", self.copy)
+        else:
+            self._finish(self.group.commit, "committing")
+
+    def _to(self, stage: str, action: Callable[[], object]) -> None:
+        mark(stage=f"{stage}?")
+        action()
+        mark(stage=stage)
+        self.stage = stage
+
+    def copy(self) -> None:
+        """The stand-in reads nothing: what is copied is not this test's matter, when it may begin is the group's."""
+        parents = dict.fromkeys(self.group.disks)
+        self._end(self.group.start_copy("/nonexistent", parents, command=STAND_IN))
+
+    def _finish(self, action: Callable[[], job.Job], stage: str) -> None:
+        self._to(stage, lambda: self._end(action()))
+        mark(stage="rest")
+        self.stage = "rest"
+
+    def _end(self, running: job.Job) -> None:
+        """Guest writes while the job runs, and its end."""
+        while running.running and self.rng.random() < 0.8:
+            self.work()
+        assert running.wait(60), f"the {running.kind} job does not end"
+        running.outcome()
+
+
+def any_range(rng: random.Random, target: disk.Disk) -> tuple[int, int]:
+    limit = min(HOT, target.size) if rng.random() < 0.7 else target.size
+    kind = rng.randrange(4)
+    if kind == 0:  # whole blocks
+        offset = rng.randrange(0, limit, 4096)
+        return offset, min(4096 * rng.randint(1, 8), target.size - offset)
+    if kind == 1:  # sectors
+        offset = rng.randrange(0, limit, 512)
+        return offset, min(512 * rng.randint(1, 20), target.size - offset)
+    offset = rng.randrange(limit)
+    return offset, min(rng.randint(1, 6000 if kind == 2 else 40000), target.size - offset)
+
+
+def own_range(rng: random.Random, size: int, number: int) -> tuple[int, int]:
+    """A range of thread *number* alone: its own quarter, or its runs of three sectors in what is left."""
+    quarter = size // 4 // 512 * 512
+    if rng.random() < 0.4:
+        start, stop = number * quarter, (number + 1) * quarter
+    else:
+        run = 3 * 512
+        first = rng.randrange(2 * quarter, min(size - 2 * run, 2 * quarter + HOT), run) // run
+        start = (first // 2 * 2 + number) * run
+        start, stop = max(start, 2 * quarter), min(start + run, size)
+    offset = rng.randrange(start, stop)
+    return offset, rng.randint(1, min(stop - offset, 30000))
+
+
+def main(home: str, seed: str, steps: str, end: str) -> None:
+    vm = paths.home(home).vm(VM)
+    opened = group.DiskGroup.open(vm, open_image=no_image)
+    opened.start()
+    mark(stage="rest" if opened.status().state is api.State.REST else "recovering")
+    life = Life(opened, int(seed))
+    for _ in range(int(steps)):
+        life.step()
+    if end == "kill":
+        os._exit(0)
+    if end == "rest":
+        while opened.status().state is not api.State.REST:
+            time.sleep(0.001)
+    mark(stage="closing")
+    opened.close()
+    mark(stage="closed")
+
+
+def no_image(_reference: api.ImageRef) -> api.Source:
+    raise AssertionError("no disk here comes from a store")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
