@@ -122,14 +122,13 @@ class Referee:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection, connection.makefile("rwb") as stream:
-            for line in stream:
+        with connection, connection.makefile("rb") as questions:
+            for line in questions:
                 error = self._judge(Operation(**json.loads(line)))
                 try:
-                    stream.write(b"%d\n" % error)
-                    stream.flush()
+                    connection.sendall(b"%d\n" % error)
                 except OSError:
-                    return
+                    return  # the server was killed while it waited
 
     def _judge(self, operation: Operation) -> int:
         with self._lock:

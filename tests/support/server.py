@@ -6,12 +6,13 @@ nbdkit ends with the test process (``--exit-with-parent``), the sockets stay ope
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -103,6 +104,20 @@ class Stand:
         self.stop() if clean else self.kill()
         self.start()
 
+    @contextlib.contextmanager
+    def hooked(self, hook: str) -> Iterator[Self]:
+        """Served with *hook* (see ``nbdkit_hooked``) for a while; the server must be stopped, and is afterwards."""
+        plain, self.server = self.server, nbdserver.NbdServer(self.vm, *self._listeners, plugin=HOOKED)
+        os.environ["BLKCKPT_TEST_HOOK"] = hook
+        try:
+            self.server.start()
+            self.server.wait_ready(SECONDS)
+            yield self
+            self.stop()
+        finally:
+            self.kill()
+            self.server = plain
+
     def log(self) -> str:
         return (self.vm.log / "nbdkit.log").read_text()
 
@@ -117,7 +132,7 @@ class Stand:
         handle.connect_unix(str(self.vm.nbd_socket))
         return handle
 
-    @contextmanager
+    @contextlib.contextmanager
     def disk(self, export: str = "vda") -> Iterator[Any]:
         handle = self.nbd(export)
         try:
@@ -173,13 +188,17 @@ class Stand:
 
 def hang_up(handle: Any) -> None:
     """End a connection politely if it still stands."""
-    try:
+    with contextlib.suppress(nbd.Error):
         handle.shutdown()
-    except nbd.Error:
-        handle.close()
 
 
-@contextmanager
+def vanish(handle: Any) -> None:
+    """End a connection as a killed client does: no disconnect request, answers unread."""
+    with socket.socket(fileno=os.dup(handle.aio_get_fd())) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
 def refereed(root: Path, sizes: Mapping[str, int]) -> Iterator[tuple[Stand, referee.Referee]]:
     """A started server whose every file operation can be held or failed."""
     path = root / "referee.sock"
