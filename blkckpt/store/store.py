@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import threading
 import time
@@ -145,6 +146,16 @@ class Store:
                 raise errors.StateError(f"{m.vm} has a checkpoint {m.name} already; choose another name") from error
             with self._lock:
                 self._unpublished -= set(m.images())
+
+    def amend_manifest(self, m: manifest_format.Manifest) -> None:
+        """Replace a published manifest by one that differs in its timings and notes only (atomically, as S1).
+
+        For what is known only after the commit point.  StateError when the checkpoint is not there, or differs.
+        """
+        there = self.manifest(m.vm, m.name)
+        if dataclasses.replace(there, timings=m.timings, notes=m.notes) != m:
+            raise errors.StateError(f"{m.vm}@{m.name} is another checkpoint now; it is left as it is")
+        self._backend.put(_manifest_key(m.vm, m.name), manifest_format.encode(m))
 
     def manifest(self, vm: str, name: str) -> manifest_format.Manifest:
         """The manifest of checkpoint *name* of *vm*."""

@@ -1,0 +1,363 @@
+"""Images: what is read is what was written, and what is there already is not stored again."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from blkckpt import errors
+from blkckpt.store import codec, images, layout, leaves, packs, store, writer
+
+CHUNK = layout.CHUNK
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Iterator[store.Store]:
+    with store.Store.init(tmp_path / "store") as opened:
+        yield opened
+
+
+def put(target: store.Store, data: bytes, **more: object) -> images.ImageInfo:
+    with target.image_writer(len(data), **more) as out:  # type: ignore[arg-type]
+        out.write(0, data)
+        return out.finish()
+
+
+def whole(target: store.Store, image: str) -> bytes:
+    reader = target.image(image)
+    return reader.read(0, reader.size)
+
+
+def pack_bytes(target: store.Store) -> int:
+    return sum(size for _, size in target.packs.ids())
+
+
+CONTENT = st.sampled_from(["zero", "random", "text", "same", "skip"])
+IMAGE = st.tuples(st.lists(CONTENT, max_size=40), st.integers(0, CHUNK - 1), st.randoms(use_true_random=False))
+
+
+def chunk_of(kind: str, length: int, chance: random.Random) -> bytes:
+    if kind == "random":
+        return chance.randbytes(length)
+    if kind == "text":
+        return (b"%d the quick brown fox " % chance.randrange(100) * length)[:length]
+    return {"zero": bytes(length), "same": b"\x5a" * length}[kind]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(first=IMAGE, second=IMAGE)
+def test_round_trip_and_inheritance(
+    target: store.Store, first: tuple[list[str], int, random.Random], second: tuple[list[str], int, random.Random]
+) -> None:
+    """Chunks in any order; what is never written is zero, or the parent's exactly; ``zero`` masks the parent."""
+    kinds, tail, chance = first
+    size = len(kinds) * CHUNK + tail
+    model = bytearray(size)
+    base = _write(target, model, kinds, chance, None)
+    assert whole(target, base) == model
+    over = [*second[0], *["skip"] * len(kinds)][: len(kinds)]
+    child = _write(target, model, over, second[2], base)
+    assert whole(target, child) == model
+    reader = target.image(child)
+    assert _by_extents(reader) == model
+    for _ in range(5):
+        low, high = sorted((chance.randint(0, size), chance.randint(0, size)))
+        assert reader.read(low, high - low) == model[low:high]
+
+
+def _write(target: store.Store, model: bytearray, kinds: list[str], chance: random.Random, parent: str | None) -> str:
+    with target.image_writer(len(model), parent=parent) as out:
+        numbers = list(range(len(kinds)))
+        chance.shuffle(numbers)
+        for number in numbers:
+            if kinds[number] == "skip":
+                continue
+            data = chunk_of(kinds[number], CHUNK, chance)
+            model[number * CHUNK : (number + 1) * CHUNK] = data
+            if kinds[number] == "zero" and chance.random() < 0.5:
+                out.zero(number * CHUNK, CHUNK)
+            else:
+                out.write(number * CHUNK, memoryview(bytearray(data)) if chance.random() < 0.5 else data)
+        tail = len(model) % CHUNK
+        if tail and kinds and kinds[0] != "skip":
+            model[-tail:] = chunk_of(kinds[0], tail, chance)
+            out.write(len(model) - tail, bytes(model[-tail:]))
+        return out.finish().image
+
+
+def _by_extents(reader: images.ImageReader) -> bytes:
+    parts, position, last = [], 0, None
+    for offset, length, zero in reader.extents(0, reader.size):
+        assert offset == position
+        assert length > 0
+        assert zero is not last, "neighbours differ"
+        parts.append(bytes(length) if zero else reader.read(offset, length))
+        position, last = offset + length, zero
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("hash_name", ["blake3", "sha256"])
+@pytest.mark.parametrize(
+    "size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, CHUNK * layout.LEAF, CHUNK * (layout.LEAF + 1) + 5]
+)
+def test_sizes_and_hashes(tmp_path: Path, hash_name: str, size: int) -> None:
+    with store.Store.init(tmp_path / "s", hash_name=hash_name) as made:
+        data = os.urandom(min(size, 3 * CHUNK)) + bytes(max(size - 3 * CHUNK, 0))
+        info = put(made, data)
+    with store.Store.open(tmp_path / "s") as opened:
+        assert opened.info.hash_name == hash_name
+        assert whole(opened, info.image) == data
+
+
+def test_zero_chunks_cost_nothing(target: store.Store) -> None:
+    info = put(target, bytes(200 * CHUNK))
+    assert info.zero_chunks == 200
+    assert pack_bytes(target) == 0
+    assert info.new_bytes < 400
+    with target.image_writer(1 << 40) as out:
+        terabyte = out.finish()
+    assert terabyte.new_bytes < 2 << 20
+    assert list(target.image(terabyte.image).extents(0, 1 << 40)) == [(0, 1 << 40, True)]
+
+
+def test_what_is_known_is_not_stored_again(target: store.Store, tmp_path: Path) -> None:
+    """Deduplication within an image, between images, after reopening, and after the index is gone."""
+    data = os.urandom(20 * CHUNK)
+    first = put(target, data + data[: 10 * CHUNK])
+    assert first.new_chunks == 20
+    size = pack_bytes(target)
+    assert put(target, data + data[: 10 * CHUNK]).new_chunks == 0
+    assert pack_bytes(target) == size, "not even the leaf"
+    moved = put(target, bytes(CHUNK) + data, kind="memory")
+    assert moved.new_chunks == 0
+    target.close()
+    for path in (tmp_path / "store" / "index").iterdir():
+        path.unlink()
+    with store.Store.open(tmp_path / "store") as again:
+        assert put(again, data[: 5 * CHUNK]).new_chunks == 0
+        assert again.rebuild_index() == len(list(again.packs.ids()))
+        assert put(again, data[5 * CHUNK : 9 * CHUNK]).new_chunks == 0
+
+
+def test_a_malformed_index_is_set_aside(target: store.Store, tmp_path: Path) -> None:
+    data = os.urandom(4 * CHUNK)
+    put(target, data)
+    target.close()
+    for path in (tmp_path / "store" / "index").iterdir():
+        path.write_bytes(os.urandom(8192))
+    with store.Store.open(tmp_path / "store") as again:
+        info = put(again, data)
+        assert whole(again, info.image) == data
+        again.rebuild_index()
+        assert put(again, data).new_chunks == 0
+
+
+def test_lying_index_rows_are_not_believed(target: store.Store) -> None:
+    """Rule S4: rows that point elsewhere, or into packs that are not there, find nothing."""
+    data = os.urandom(2 * CHUNK)
+    put(target, data)
+    database = target.index._connect()
+    with database:
+        database.execute("UPDATE chunks SET place = place + 1")
+    info = put(target, data)
+    assert info.new_chunks == 2
+    assert whole(target, info.image) == data
+    target.index.rebuild(lambda pack: target.packs.index(pack))
+    for pack, _ in list(target.packs.ids()):
+        target.packs.delete(pack)
+    target.abandon()
+    target.index._sizes.clear()
+    assert put(target, data).new_chunks == 2
+
+
+def test_an_incremental_image_costs_what_changed(target: store.Store) -> None:
+    data = bytearray(os.urandom(3 * layout.LEAF * CHUNK))
+    base = put(target, bytes(data))
+    with target.image_writer(len(data), parent=base.image) as out:
+        data[CHUNK * 700 : CHUNK * 701] = os.urandom(CHUNK)
+        out.write(CHUNK * 700, bytes(data[CHUNK * 700 : CHUNK * 701]))
+        child = out.finish()
+    assert child.new_chunks == 1
+    assert child.new_bytes < CHUNK + layout.LEAF * 56 + 2000, "one chunk, one leaf, one directory"
+    assert whole(target, child.image) == data
+    old, new = target.image(base.image), target.image(child.image)
+    assert list(images.changed(old, new)) == [(700, 1)]
+    assert list(images.changed(old, old)) == []
+
+
+def test_diff_reads_leaves_only(target: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = bytearray(os.urandom(40 * CHUNK))
+    right = bytearray(left)
+    for number in (0, 1, 7, 39):
+        right[number * CHUNK] ^= 1
+    right[12 * CHUNK : 14 * CHUNK] = bytes(2 * CHUNK)
+    old, new = (target.image(put(target, bytes(data)).image) for data in (left, right))
+    monkeypatch.setattr(packs.Packs, "payloads", lambda *_: pytest.fail("data was read"))
+    assert list(images.changed(old, new)) == [(0, 2), (7, 1), (12, 2), (39, 1)]
+
+
+def test_packs_are_rolled_over(target: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "MAX_PACK", 8 << 20)
+    data = os.urandom(40 << 20)
+    info = put(target, data)
+    sizes = [size for _, size in target.packs.ids()]
+    assert len(sizes) >= 5
+    assert max(sizes) < 9 << 20
+    assert whole(target, info.image) == data
+
+
+def test_many_threads_write_and_read_one_image(target: store.Store) -> None:
+    data = os.urandom(16 << 20)
+    out = target.image_writer(len(data))
+    step = 1 << 20
+
+    def part(number: int) -> None:
+        for offset in range(number * step, len(data), 4 * step):
+            out.write(offset, memoryview(data)[offset : offset + step])
+
+    _run(part)
+    reader = target.image(out.finish().image, cache=1 << 20)
+    wrong = []
+
+    def check(number: int) -> None:
+        chance = random.Random(number)
+        for _ in range(100):
+            offset = chance.randrange(len(data))
+            length = min(chance.choice([1, 4096, 70000, 300000]), len(data) - offset)
+            if reader.read(offset, length) != data[offset : offset + length]:
+                wrong.append(offset)
+
+    _run(check)
+    assert not wrong
+
+
+def _run(work: object) -> None:
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]  # type: ignore[arg-type]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_misuse_of_a_writer_is_refused(target: store.Store) -> None:
+    out = target.image_writer(3 * CHUNK + 10)
+    with pytest.raises(errors.InputError):
+        out.write(1, bytes(CHUNK))
+    with pytest.raises(errors.InputError):
+        out.write(0, bytes(100))
+    with pytest.raises(errors.InputError):
+        out.write(3 * CHUNK, bytes(11))
+    with pytest.raises(errors.InputError):
+        out.write(-CHUNK, bytes(CHUNK))
+    out.write(CHUNK, b"x" * CHUNK)
+    with pytest.raises(errors.InputError, match="already"):
+        out.zero(0, 2 * CHUNK)
+    out.write(3 * CHUNK, b"y" * 10)
+    image = out.finish().image
+    for call in (lambda: out.write(0, bytes(CHUNK)), out.finish):
+        with pytest.raises(errors.StateError):
+            call()
+    assert whole(target, image) == bytes(CHUNK) + b"x" * CHUNK + bytes(CHUNK) + b"y" * 10
+    reader = target.image(image)
+    for offset, length in ((-1, 1), (0, reader.size + 1), (reader.size, 1)):
+        with pytest.raises(errors.InputError):
+            reader.read(offset, length)
+    with pytest.raises(errors.InputError):
+        reader.chunk(4)
+    with pytest.raises(errors.InputError):
+        target.image_writer(-1)
+    with pytest.raises(errors.InputError):
+        target.image_writer(1, kind="tape")
+    with pytest.raises(errors.InputError, match="parent"):
+        target.image_writer(1, parent=image)
+    with pytest.raises(errors.NotFoundError):
+        target.image_writer(1, parent="0" * 32)
+    with pytest.raises(errors.InputError):
+        target.image("../../etc/passwd")
+    target.abandon()
+    target.collect()  # every refused writer has let go of the lock
+
+
+def test_an_aborted_writer_leaves_nothing(target: store.Store, tmp_path: Path) -> None:
+    with target.image_writer(16 << 20) as out:
+        for offset in range(0, 16 << 20, 1 << 20):
+            out.write(offset, os.urandom(1 << 20))
+    assert list(target.image_ids()) == []
+    assert list((tmp_path / "store" / "tmp").iterdir()) == []
+    target.collect()
+
+
+def test_an_error_of_a_thread_reaches_the_caller(
+    target: store.Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """ENOSPC in the appender: write or finish says so by class, and nothing is published."""
+
+    def full(*_: object) -> int:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    out = target.image_writer(64 << 20)
+    with pytest.raises(errors.NoSpaceError):
+        for offset in range(0, 64 << 20, 1 << 20):
+            out.write(offset, os.urandom(1 << 20))
+        out.finish()
+    out.abort()
+    monkeypatch.undo()
+    assert list(target.packs.ids()) == []
+    assert list((tmp_path / "store" / "tmp").iterdir()) == []
+    data = os.urandom(1 << 20)
+    assert whole(target, put(target, data).image) == data
+
+
+def test_memory_of_a_writer_is_bounded(target: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the appender held up, ``write`` stops taking data."""
+    gate = threading.Event()
+    real = packs.PackWriter.append
+
+    def slow(self: packs.PackWriter, chunks: list[packs.NewChunk]) -> list[layout.Entry]:
+        gate.wait(30)
+        return real(self, chunks)
+
+    monkeypatch.setattr(packs.PackWriter, "append", slow)
+    size = (writer.JOBS + 10) * writer.BATCH * CHUNK
+    out = target.image_writer(size)
+    taken = []
+
+    def feed() -> None:
+        for offset in range(0, size, 1 << 20):
+            out.write(offset, memoryview(os.urandom(1 << 20)))
+            taken.append(offset)
+
+    thread = threading.Thread(target=feed)
+    thread.start()
+    thread.join(2)
+    assert thread.is_alive()
+    assert len(taken) << 20 <= (writer.JOBS + 1) * writer.BATCH * CHUNK
+    gate.set()
+    thread.join(60)
+    out.finish()
+
+
+@given(st.binary(min_size=1, max_size=3000), st.integers(0, 3))
+def test_the_zero_test(data: bytes, padding: int) -> None:
+    assert codec.is_zero(bytes(padding) + data) == (not any(data))
+    assert codec.is_zero(memoryview(bytes(len(data))))
+
+
+def test_leaves_complete_once_every_chunk_is_set() -> None:
+    size = (layout.LEAF + 2) * CHUNK
+    table = leaves.LeafTable(size, None, None)
+    entry = layout.pack_entry(layout.Entry(b"h" * 32, 1, 200, 5, CHUNK))
+    assert [table.set(number, entry) for number in range(layout.LEAF)] == [None] * (layout.LEAF - 1) + [0]
+    assert table.take(0) == entry * layout.LEAF
+    table.finish(0, layout.ZERO)
+    assert table.set(layout.LEAF, entry) is None
+    assert table.begun() == [1]
+    assert table.set_zero(layout.LEAF + 1, 1) == [1]
