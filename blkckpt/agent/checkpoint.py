@@ -1,0 +1,458 @@
+"""One checkpoint's actions: each method does one :class:`plan.Action`, and knows what the others left.
+
+Timings (seconds, in the manifest)::
+
+    prepare   overlays, receiver, settings, flush and arm; the guest runs
+    prefault  migrate sent -> QEMU's STOP; the guest runs          (stop sent -> STOP with an explicit pause)
+    stopped   QEMU's STOP -> RESUME, by QEMU's own event times
+    switch    RESUME -> the disks' switch; negative: before it     (the guest is not held up by it)
+    memory    migrate sent -> memory and device state durable
+    copy      copy asked for -> the disks' images durable
+    publish   the manifest
+    commit    commit asked for -> the disks at rest                (added when it is over)
+    total     everything, from the first request
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blkckpt import errors, paths
+from blkckpt.agent import guard, machine, plan, receiver
+from blkckpt.control import client, messages
+from blkckpt.disk import barrier
+from blkckpt.store import manifest
+from blkckpt.store import store as stores
+from blkckpt.vm import guestagent, qmp
+
+STALL_SECONDS = 300.0
+"""Nothing moved for so long: a dead disk or store.  A copy at its rate limit moves all the time."""
+ARM_SECONDS = 60.0
+ARM_SECONDS_PER_GIB = 1.0
+"""Pre-faulting took 130 to 260 ms per GiB; a machine that swaps is slower."""
+WINDOW_INTERVAL = 0.001
+"""Between two looks at the QMP socket while armed: an idle guest's disks switch so soon after the resume."""
+LEASE_INTERVAL = 5.0
+REPLY_SECONDS = 30.0
+PIPE_BYTES = 1 << 20
+
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointOptions:
+    """What the user asked for.
+
+    *pause*: ``barrier``; ``explicit`` (also for guests that cannot be snapshot in the background); ``auto`` (barrier
+    where it works, else explicit).  *keep_memory*: raw memory images of so many of the newest checkpoints are kept
+    for lazy restore.  *rate*: bytes a second of the disk copy.  *qmp*: the QMP socket if it is not the VM's own.
+    *notes*: sentences to keep in the manifest.
+    """
+
+    name: str | None = None
+    pause: str = "barrier"
+    disks_only: bool = False
+    guest_agent: Path | None = None
+    rate: int | None = None
+    keep_memory: int = 2
+    qmp: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Checkpoint:
+    """The actions, and what they know of each other.  One method an action, named after it."""
+
+    def __init__(
+        self,
+        vm: paths.VmPaths,
+        store: stores.Store,
+        options: CheckpointOptions,
+        name: str,
+        control: client.Client,
+        guest: machine.Machine | None,
+        progress: Progress,
+    ) -> None:
+        self.vm, self._store, self._options, self.name = vm, store, options, name
+        self._control, self._guest, self._progress = control, guest, progress
+        self._timings: dict[str, float] = {}
+        self._begun: dict[str, float] = {}
+        self._notes = list(options.notes)
+        self._id = uuid.uuid4().hex
+        self._info = guest.info() if guest else None
+        self._previous = store.manifests(vm.name)
+        self._created_ns = 0
+        self._prepared = False
+        self._guard: guard.Guard | None = None
+        self._agent: guestagent.GuestAgent | None = None
+        self._receiver: receiver.Receiver | None = None
+        self._received: receiver.Received | None = None
+        self._migrate: qmp.Reply | None = None
+        self._migrate_at = 0.0
+        self._copy: str | None = None
+        self._copied: Mapping[str, Any] | None = None
+        self._published: manifest.Manifest | None = None
+        self._publishing = False
+        self._frozen = False
+        self._parents: dict[str, str | None] = {}
+
+    def perform(self, action: plan.Action, mode: plan.Mode) -> None:
+        """Do *action*; raises what went wrong."""
+        background = mode in (plan.Mode.BARRIER, plan.Mode.EXPLICIT)
+        match action:
+            case plan.Action.START_GUARD:
+                self._start_guard(frozen=mode is plan.Mode.FROZEN)
+            case plan.Action.SET_CAPABILITIES:
+                self.guest.set_up(background=background)
+            case plan.Action.MIGRATE:
+                self._start_migration(armed=mode is plan.Mode.BARRIER)
+            case plan.Action.CHECK_MIGRATION:
+                self._check_migration(background=background)
+            case _:
+                getattr(self, f"_{action.name.lower()}")()
+
+    @property
+    def guest(self) -> machine.Machine:
+        assert self._guest is not None
+        return self._guest
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._timings[name] = self._timings.get(name, 0.0) + time.monotonic() - began
+
+    # --- before the instant ---
+
+    def _prepare_disks(self) -> None:
+        self._progress("prepare", 0, None)
+        self._parents = self._disk_parents()
+        with self._timed("prepare"):
+            self._control.prepare(self.name)
+        self._prepared = True
+
+    def _disk_parents(self) -> dict[str, str | None]:
+        """Each disk's previous image: the one its changed blocks are counted from, else that of the last checkpoint."""
+        there = set(self._store.image_ids())
+        last = {disk.name: disk for one in self._previous for disk in one.disks}
+        found: dict[str, str | None] = {}
+        for disk in self._control.status()["disks"]:
+            name, since = disk["name"], disk.get("changed_since")
+            before = last.get(name)
+            fallback = before.image if before and before.size == disk["size"] else None
+            chosen = since if since in there else fallback
+            found[name] = chosen if chosen in there else None
+        return found
+
+    def _memory_parents(self) -> dict[str, str | None]:
+        with_memory = [one.memory for one in self._previous if one.memory]
+        there = set(self._store.image_ids())
+        return (
+            {block.name: block.image for block in with_memory[-1].blocks if block.image in there} if with_memory else {}
+        )
+
+    def _start_guard(self, *, frozen: bool) -> None:
+        with self._timed("prepare"):
+            if frozen:
+                assert self._options.guest_agent is not None
+                self._guard = guard.Guard(guard.GUEST_AGENT, str(self._options.guest_agent))
+                self._agent = guestagent.GuestAgent(self._options.guest_agent)
+            else:
+                self._guard = guard.Guard(guard.QMP, self.guest.session.path)
+
+    def _start_receiver(self) -> None:
+        job = receiver.Job(
+            self._store.path.resolve(),
+            f"{self.vm.name}@{self.name}",
+            self._memory_parents(),
+            self._memory_directory,
+            self._options.keep_memory > 0,
+        )
+        with self._timed("prepare"):
+            read, write = os.pipe2(os.O_CLOEXEC)
+            try:
+                with contextlib.suppress(OSError):  # the limit of unprivileged users; the default works too
+                    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+                self._receiver = receiver.Receiver(job, read)
+                self.guest.hand_stream(write)
+            finally:
+                os.close(read)
+                os.close(write)
+
+    @property
+    def _memory_directory(self) -> Path:
+        return self.vm.memory / self.name
+
+    def _pause_reading(self) -> None:
+        self.guest.leave_unread()
+
+    def _arm(self) -> None:
+        with self._timed("prepare"):
+            descriptor = self.guest.session.duplicate()
+            try:
+                self._control.arm(descriptor, self._arm_seconds)
+            finally:
+                os.close(descriptor)
+
+    @property
+    def _arm_seconds(self) -> float:
+        ram = self._info.ram_size if self._info else 0
+        return min(messages.MAX_DEADLINE, ARM_SECONDS + ARM_SECONDS_PER_GIB * (ram >> 30))
+
+    # --- the instant ---
+
+    def _start_migration(self, *, armed: bool) -> None:
+        self._begun["memory"] = time.monotonic()
+        self._migrate_at = time.time()
+        self._migrate = self.guest.migrate()
+        if not armed:
+            self._migrate.result(REPLY_SECONDS)
+
+    def _await_barrier(self) -> None:
+        """Look ourselves; only what has been seen is asked of the disk server, which must see the same."""
+        deadline = time.monotonic() + self._arm_seconds
+        renewed = time.monotonic()
+        while (state := self.guest.watch.poll()) is barrier.BarrierState.WAITING:
+            now = time.monotonic()
+            if now > deadline:
+                raise errors.DeadlineError(f"QEMU did not stop and resume the guest within {self._arm_seconds:g} s")
+            if now - renewed > LEASE_INTERVAL:
+                renewed = now
+                self._ask_switch()
+            time.sleep(WINDOW_INTERVAL)
+        if state is barrier.BarrierState.VIOLATED:
+            raise errors.HypervisorError(f"the instant of the checkpoint was lost: {self.guest.watch.reason}")
+        switched = self._ask_switch()
+        if not switched.switched:
+            raise errors.StateError("the disks did not switch although the guest was resumed")
+        self._note_instant(switched)
+
+    def _ask_switch(self) -> messages.Switched:
+        switched = self._control.switch(messages.SWITCH_BARRIER)
+        if switched.violation:
+            raise errors.HypervisorError(f"the instant of the checkpoint was lost: {switched.violation}")
+        return switched
+
+    def _note_instant(self, switched: messages.Switched) -> None:
+        offset = time.time_ns() - time.monotonic_ns()
+        self._created_ns = (switched.instant or time.monotonic_ns()) + offset
+
+    def _resume_reading(self) -> None:
+        self.guest.read_again()
+
+    def _check_window(self) -> None:
+        assert self._migrate is not None
+        self._migrate.result(REPLY_SECONDS)
+        times = self.guest.watch.times
+        self._note_times(times.stop_us, times.resume_us)
+
+    def _note_times(self, stop_us: int | None, resume_us: int | None) -> None:
+        if stop_us and resume_us:
+            self._timings["prefault"] = max(0.0, stop_us / 1e6 - self._migrate_at)
+            self._timings["stopped"] = (resume_us - stop_us) / 1e6
+            self._timings["switch"] = self._created_ns / 1e9 - resume_us / 1e6
+
+    def _stop_guest(self) -> None:
+        self._migrate_at = time.time()
+        self.guest.stop()
+
+    def _switch_now(self) -> None:
+        switched = self._control.switch(messages.SWITCH_NOW)
+        if not switched.switched:
+            raise errors.StateError(f"the disks did not switch: {switched.violation or 'no reason given'}")
+        self._note_instant(switched)
+
+    def _await_running(self) -> None:
+        self.guest.await_running(self._arm_seconds)
+        self._note_times(*self.guest.stop_and_resume())
+
+    def _continue_guest(self) -> None:
+        self.guest.continue_guest()
+        if self._received or self._migrate:
+            self._note_times(*self.guest.stop_and_resume())
+
+    def _freeze(self) -> None:
+        assert self._agent is not None
+        self._frozen = True
+        self._agent.freeze()
+
+    def _thaw(self) -> None:
+        if self._agent is not None and self._frozen:
+            self._agent.thaw()
+            self._frozen = False
+
+    def _release_guard(self) -> None:
+        if self._guard is not None and not self._needs_guard:
+            self._guard.release()
+            self._guard = None
+
+    @property
+    def _needs_guard(self) -> bool:
+        return self._frozen or (self._guest is not None and self._guest.may_be_stopped)
+
+    # --- saving ---
+
+    def _start_copy(self) -> None:
+        self._begun["copy"] = time.monotonic()
+        self._copy = self._control.copy(self._store.path.resolve(), self._parents, self._options.rate)
+
+    def _await_memory(self) -> None:
+        self._pump(lambda: self._received is not None)
+
+    def _await_copy(self) -> None:
+        self._pump(lambda: self._copied is not None)
+
+    def _check_migration(self, *, background: bool) -> None:
+        if not background:
+            self._pump(self.guest.migration_ended)
+        self.guest.check_completed(background=background)
+
+    def _pump(self, done: Callable[[], bool]) -> None:
+        """Look after the receiver and the copy until *done*; asking about the copy renews the lease."""
+        moved, before, asked = time.monotonic(), None, 0.0
+        while not done():
+            memory = self._look_after_memory()
+            if self._copy is None and time.monotonic() - asked > LEASE_INTERVAL:
+                asked = time.monotonic()
+                self._control.status()
+            now = (memory, self._look_after_copy())
+            if now != before:
+                moved, before = time.monotonic(), now
+            if time.monotonic() - moved > STALL_SECONDS:
+                raise errors.DeadlineError(f"nothing has moved for {STALL_SECONDS:g} s while saving the checkpoint")
+
+    def _look_after_memory(self) -> tuple[int, int]:
+        if self._receiver is None or self._received is not None:
+            return (0, 0)
+        try:
+            self._received = self._receiver.wait(0.05)
+        except errors.BlkckptError as error:
+            raise self.guest.failed() or error from error
+        if self._received is not None:
+            self._timings["memory"] = time.monotonic() - self._begun["memory"]
+        done, total = self._receiver.progress
+        self._progress("memory", total if self._received else done, total)
+        return (done, total)
+
+    def _look_after_copy(self) -> tuple[int, int]:
+        if self._copy is None or self._copied is not None:
+            return (0, 0)
+        busy = self._receiver is not None and self._received is None
+        state = self._control.wait(self._copy, 0.0 if busy else 1.0)
+        if state.failure:
+            self._control.finish(self._copy, 1.0)  # raises it as its class
+        self._progress("disks", state.done, state.total)
+        if state.state == messages.DONE:
+            self._timings["copy"] = time.monotonic() - self._begun["copy"]
+            self._copied = state.result["disks"]
+        return (state.done, state.total)
+
+    def _restore_capabilities(self) -> None:
+        self.guest.restore_settings()
+
+    # --- the commit point and after ---
+
+    def _publish(self) -> None:
+        assert self._copied is not None
+        disks = tuple(
+            manifest.DiskImage(name, str(one["image"]), int(one["size"])) for name, one in sorted(self._copied.items())
+        )
+        consistency = "machine" if self._guest else "filesystem" if self._agent else "crash"
+        built = manifest.Manifest(
+            vm=self.vm.name,
+            name=self.name,
+            id=self._id,
+            created_ns=self._created_ns,
+            disks=disks,
+            parent=self._previous[-1].name if self._previous else None,
+            memory=self._received.memory if self._received else None,
+            machine=self._info,
+            consistency=consistency,
+            timings=dict(self._timings),
+            notes=tuple(self._notes),
+        )
+        self._publishing = True
+        with self._timed("publish"):
+            self._store.put_manifest(built)
+        self._published = built
+
+    def _commit(self) -> None:
+        with self._timed("commit"):
+            self._wait_job("commit", self._control.commit())
+
+    def _wait_job(self, stage: str, job: str) -> None:
+        moved, before = time.monotonic(), -1
+        while (state := self._control.wait(job, 1.0)).state == messages.RUNNING:
+            self._progress(stage, state.done, state.total)
+            if state.done != before:
+                moved, before = time.monotonic(), state.done
+            if time.monotonic() - moved > STALL_SECONDS:
+                raise errors.DeadlineError(f"the disks' {stage} has not moved for {STALL_SECONDS:g} s")
+        self._control.finish(job, 1.0)
+        self._progress(stage, state.total, state.total)
+
+    def finished(self, total: float, error: BaseException | None) -> manifest.Manifest:
+        """The manifest, with what could only be known after it was durable."""
+        assert self._published is not None
+        if error is not None:
+            self._notes.append(f"the disks were left to return to rest by themselves: {error or 'interrupted'}")
+        self._timings["total"] = total
+        self._published = dataclasses.replace(self._published, timings=dict(self._timings), notes=tuple(self._notes))
+        with contextlib.suppress(errors.BlkckptError):
+            self._store.amend_manifest(self._published)
+        self._forget_old_memory()
+        return self._published
+
+    def _forget_old_memory(self) -> None:
+        """Raw memory images of older checkpoints: the store has them all; these only made a lazy restore quicker."""
+        kept = [one.name for one in self._previous if one.memory] + ([self.name] if self._received else [])
+        keep = set(kept[-self._options.keep_memory :] if self._options.keep_memory else ())
+        for directory in self.vm.memory.iterdir() if self.vm.memory.is_dir() else ():
+            if directory.name not in keep:
+                shutil.rmtree(directory, ignore_errors=True)
+
+    # --- taking back ---
+
+    def _cancel_migration(self) -> None:
+        self.guest.cancel()
+
+    def _stop_receiver(self) -> None:
+        if self._receiver is not None:
+            self._receiver.stop()
+
+    def _abort_disks(self) -> None:
+        """Back to rest.  Without a connection the server does it by itself (D7)."""
+        if self._prepared:
+            with contextlib.suppress(client.GoneError):
+                self._wait_job("abort", self._control.abort())
+
+    def _withdraw_manifest(self) -> None:
+        """Only ours: another of the same name may have been there first."""
+        if self._publishing:
+            with contextlib.suppress(errors.NotFoundError):
+                if self._store.manifest(self.vm.name, self.name).id == self._id:
+                    self._store.remove(self.vm.name, self.name)
+
+    def _remove_memory(self) -> None:
+        if self._receiver is not None:
+            shutil.rmtree(self._memory_directory, ignore_errors=True)
+
+    def close(self) -> None:
+        """Whatever happened: no child of ours stays, but for a guard with a guest to bring back."""
+        if self._receiver is not None:
+            self._receiver.stop()
+        if self._guest is not None and self._guard is not None:
+            self._guest.session.close()
+        if self._agent is not None:
+            self._agent.close()
+        if self._guard is not None:
+            self._guard.abandon()

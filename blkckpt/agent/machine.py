@@ -1,0 +1,303 @@
+"""The hypervisor's part of a checkpoint: what QEMU is asked, in words of the plan.
+
+Everything here finds out for itself whether there is anything to do, so that it can stand in an abort row: restoring
+what was not changed, cancelling what does not run, continuing what is not stopped are no errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blkckpt import errors
+from blkckpt.store import manifest
+from blkckpt.vm import barrier, qmp
+
+BACKGROUND = "background-snapshot"
+STREAM = "blkckpt-stream"
+UNLIMITED = 1 << 50
+"""Bytes a second: QEMU's default of 128 MiB/s would make a checkpoint of 8 GiB take a minute."""
+
+CANCEL_SECONDS = 10.0
+CONTINUE_SECONDS = 10.0
+COMPLETION_SECONDS = 60.0
+"""From the end of the stream to the MIGRATION event; QEMU joins its thread and closes files in between."""
+INTERVAL = 0.02
+
+ACTIVE = frozenset({"setup", "wait-unplug", "active", "pre-switchover", "device", "cancelling", "postcopy-active"})
+ENDED = frozenset({"completed", "failed", "cancelled"})
+
+_ADVICE = {
+    "paused": "continue it (`cont`)",
+    "suspended": "wake it up",
+    "inmigrate": "wait until it has been restored",
+    "postmigrate": "continue it (`cont`)",
+    "shutdown": "it has been shut down; start it again",
+    "guest-panicked": "its system has crashed; restore an older checkpoint",
+    "internal-error": "QEMU met an internal error; restore an older checkpoint",
+    "io-error": "a disk failed; mend that and continue it (`cont`)",
+}
+
+_PAUSED = frozenset({"paused", "postmigrate", "finish-migrate"})
+"""Run states in which a checkpoint leaves a guest that it stopped."""
+
+
+@dataclass(slots=True)
+class _Changed:
+    """Settings to put back."""
+
+    capabilities: dict[str, bool]
+    bandwidth: int | None
+
+
+class Machine:
+    """One guest over one QMP session.  Used by the agent's thread only."""
+
+    def __init__(self, session: qmp.QmpSession) -> None:
+        self.session = session
+        self._changed: _Changed | None = None
+        self._stopped = False
+        self._handed = False
+        self._migrating = False
+        self._since = session.mark()
+        self._watch: barrier.ResumeBarrier | None = None
+
+    # --- before ---
+
+    def check(self) -> None:
+        """Refuse a guest that does not run, that is being migrated, or that cannot be."""
+        status = str(self.session.execute("query-status").get("status"))
+        if status != "running":
+            advice = _ADVICE.get(status, "continue it (`cont`)")
+            raise errors.StateError(
+                f"the guest does not run (QEMU says {status}): {advice} and try again, or take a checkpoint of the disks alone (--disk-only)"
+            )
+        migration = self.session.execute("query-migrate")
+        if migration.get("status") in ACTIVE:
+            raise errors.StateError("QEMU is migrating or saving this guest already; wait for that or cancel it")
+        if reasons := migration.get("blocked-reasons"):
+            raise errors.HypervisorError(f"QEMU cannot save this guest: {'; '.join(map(str, reasons))[:300]}")
+
+    def background_refusal(self) -> qmp.RefusedError | None:
+        """Why QEMU cannot snapshot this guest in the background; None if it can."""
+        if self._capabilities().get(BACKGROUND):
+            return None
+        try:
+            self._set_capabilities({BACKGROUND: True})
+        except qmp.RefusedError as error:
+            return error
+        self._set_capabilities({BACKGROUND: False})
+        return None
+
+    def info(self) -> manifest.MachineInfo:
+        """How the guest was started, for its manifest."""
+        kvm = self.session.execute("query-kvm").get("enabled")
+        kind = str(self.session.execute("qom-get", {"path": "/machine", "property": "type"}))
+        ram = self.session.execute("query-memory-size-summary")["base-memory"]
+        return manifest.MachineInfo(
+            argv=command_line(self.session.peer_pid),
+            machine_type=kind.removesuffix("-machine"),
+            accel="kvm" if kvm else "tcg",
+            qemu_version=self.session.version,
+            ram_size=int(ram),
+        )
+
+    # --- settings ---
+
+    def set_up(self, *, background: bool) -> None:
+        """Capabilities and bandwidth for a checkpoint; :meth:`restore_settings` puts the old ones back."""
+        now = self._capabilities()
+        wanted = {"events": True, BACKGROUND: background}
+        changes = {name: value for name, value in wanted.items() if now.get(name) != value}
+        bandwidth = self.session.execute("query-migrate-parameters").get("max-bandwidth")
+        self._changed = _Changed({name: now.get(name, False) for name in changes}, bandwidth)
+        if changes:
+            self._set_capabilities(changes)
+        self.session.execute("migrate-set-parameters", {"max-bandwidth": UNLIMITED})
+
+    def restore_settings(self) -> None:
+        """Put capabilities and bandwidth back."""
+        changed, self._changed = self._changed, None
+        if changed is None:
+            return
+        if changed.bandwidth is not None:
+            self.session.execute("migrate-set-parameters", {"max-bandwidth": changed.bandwidth})
+        if changed.capabilities:
+            self._set_capabilities(changed.capabilities)
+
+    def _capabilities(self) -> dict[str, bool]:
+        answer = self.session.execute("query-migrate-capabilities")
+        return {str(entry["capability"]): bool(entry["state"]) for entry in answer}
+
+    def _set_capabilities(self, states: Mapping[str, bool]) -> None:
+        listed = [{"capability": name, "state": state} for name, state in states.items()]
+        self.session.execute("migrate-set-capabilities", {"capabilities": listed})
+
+    # --- the window ---
+
+    def hand_stream(self, descriptor: int) -> None:
+        """Give QEMU the pipe that the stream goes through."""
+        self.session.send_fd(STREAM, descriptor)
+        self._handed = True
+
+    def leave_unread(self) -> None:
+        """From here on the QMP socket is only looked at."""
+        self.session.pause_reading()
+        self._since = self.session.mark()
+        self._watch = barrier.ResumeBarrier(self.session.duplicate())
+
+    @property
+    def watch(self) -> barrier.ResumeBarrier:
+        """Our own look at the armed window."""
+        assert self._watch is not None
+        return self._watch
+
+    def read_again(self) -> None:
+        """End the look; idempotent."""
+        self.session.resume_reading()
+        if self._watch is not None:
+            self._watch.poll()
+            self._watch.close()
+
+    def migrate(self) -> qmp.Reply:
+        """Start it; the reply can be had when the socket is read."""
+        self._migrating = True
+        return self.session.submit("migrate", {"uri": f"fd:{STREAM}"})
+
+    def stop(self) -> None:
+        """Stop the virtual CPUs and drain the disks."""
+        self._since = self.session.mark()
+        self._stopped = True
+        self.session.execute("stop")
+
+    def await_running(self, timeout: float) -> None:
+        """Until QEMU has resumed a guest that *we* stopped before a background snapshot.
+
+        QEMU 7.2 does so by itself; a newer one leaves a guest stopped that was.  Pages are only sent once memory is
+        write-protected, so a guest that is still paused then is ours to continue.
+        """
+        deadline = time.monotonic() + timeout
+        while not self._seen("RESUME"):
+            migration = self.session.execute("query-migrate")
+            if migration.get("status") in ("failed", "cancelled"):
+                raise self.failure(migration)
+            ram = migration.get("ram", {})
+            if ram.get("normal", 0) + ram.get("duplicate", 0) > 0 and not self._seen("RESUME"):
+                self.continue_guest()
+                return
+            if time.monotonic() > deadline:
+                raise errors.DeadlineError(f"QEMU did not resume the guest within {timeout:g} s")
+            time.sleep(INTERVAL)
+        self._stopped = False
+
+    def continue_guest(self) -> None:
+        """Continue the guest if it is paused and it was us, or our migration, that stopped it (rule A1)."""
+        if not self.may_be_stopped:
+            return
+        deadline = time.monotonic() + CONTINUE_SECONDS
+        while (status := self.session.execute("query-status").get("status")) in _PAUSED:
+            try:
+                self.session.execute("cont")
+            except qmp.RefusedError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(INTERVAL)
+        if status != "running":
+            raise errors.HypervisorError(f"the guest does not run again: QEMU says {status}")
+        self._stopped = False
+
+    @property
+    def may_be_stopped(self) -> bool:
+        """Whether the guest may still be stopped by us."""
+        return self._stopped or self._stopped_by_migration()
+
+    def _stopped_by_migration(self) -> bool:
+        times = self._watch.times if self._watch is not None else barrier.EventTimes()
+        return times.stop_us is not None and times.resume_us is None and not self._seen("RESUME")
+
+    # --- the migration's end ---
+
+    def migration_ended(self) -> bool:
+        """Whether QEMU has said so."""
+        return any(event.data.get("status") in ENDED for event in self._events("MIGRATION"))
+
+    def check_completed(self, *, background: bool) -> None:
+        """Wait for the end, a moment after the stream's; raises unless it completed undisturbed."""
+        ended = self.session.wait_event(
+            lambda event: event.name == "MIGRATION" and event.data.get("status") in ENDED,
+            since=self._since,
+            timeout=COMPLETION_SECONDS,
+        )
+        self._migrating = False
+        if ended.data["status"] != "completed":
+            raise self.failure(self.session.execute("query-migrate"))
+        if background and len(self._events("RESUME")) > 1:
+            # A `cont` between "active" and QEMU's own stop shows a pair of STOP and RESUME before the real one: then
+            # the disks switched too early.  It cannot be told from a stop and cont later, so both are refused.
+            raise errors.HypervisorError(
+                "somebody stopped and continued the guest while its memory was saved, so the instant is not certain; "
+                "take the checkpoint again"
+            )
+
+    def failure(self, migration: Mapping[str, Any]) -> errors.HypervisorError:
+        """What a failed migration says."""
+        words = " ".join(str(migration.get("error-desc") or "no reason given").split())[:300]
+        return errors.HypervisorError(f"QEMU could not save the guest ({migration.get('status')}): {words}")
+
+    def failed(self) -> errors.HypervisorError | None:
+        """Why the migration failed, if it did."""
+        migration = self.session.execute("query-migrate")
+        return self.failure(migration) if self._migrating and migration.get("status") == "failed" else None
+
+    def cancel(self) -> None:
+        """Cancel the migration if it runs, and wait for that; take the descriptor back if it was not used."""
+        if not self._migrating:
+            if self._handed:
+                self._handed = False
+                self.session.execute("closefd", {"fdname": STREAM})
+            return
+        deadline = time.monotonic() + CANCEL_SECONDS
+        asked = False
+        while self.session.execute("query-migrate").get("status") in ACTIVE:
+            if not asked:
+                self.session.execute("migrate_cancel")
+                asked = True
+            if time.monotonic() > deadline:
+                raise errors.DeadlineError(f"QEMU did not cancel its migration within {CANCEL_SECONDS:g} s")
+            time.sleep(INTERVAL)
+        self._migrating = False
+        with contextlib.suppress(qmp.RefusedError):  # QEMU took it when the migration began, or kept it
+            self.session.execute("closefd", {"fdname": STREAM})
+
+    # --- times ---
+
+    def stop_and_resume(self) -> tuple[int | None, int | None]:
+        """QEMU's own times of the first STOP and RESUME of the window, microseconds of the host's real clock."""
+        stops, resumes = self._events("STOP"), self._events("RESUME")
+        return (stops[0].stamp_us if stops else None), (resumes[0].stamp_us if resumes else None)
+
+    def _seen(self, name: str) -> bool:
+        return bool(self._events(name))
+
+    def _events(self, name: str) -> list[qmp.Event]:
+        return [event for event in self.session.events(self._since) if event.name == name]
+
+
+def command_line(pid: int) -> tuple[str, ...]:
+    """The command line of process *pid*, its program as a path if the kernel knows it."""
+    try:
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError as error:
+        raise errors.from_os_error(error, f"reading how QEMU (pid {pid}) was started") from error
+    words = [os.fsdecode(word) for word in raw.split(b"\0")[:-1]]
+    if not words:
+        raise errors.HypervisorError(f"process {pid} at the other end of the QMP socket has no command line")
+    with contextlib.suppress(OSError):
+        program = os.readlink(f"/proc/{pid}/exe")  # noqa: PTH115  (a path as a string)
+        words[0] = program if Path(program).exists() else words[0]
+    return tuple(words)

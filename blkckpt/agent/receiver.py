@@ -1,0 +1,152 @@
+"""The agent's end of the memory receiver (:mod:`blkckpt.memory.receive`, where the protocol is described).
+
+The child gets the read end of the stream's pipe and its job; a thread takes its answers.  It lives in a session of
+its own, so that a Ctrl-C on the terminal is the agent's to handle; the end of its standard input ends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blkckpt import errors
+from blkckpt.control import wire
+from blkckpt.store import manifest
+
+STOP_SECONDS = 30.0
+"""It gives its threads 20 s to end."""
+MAX_LINE = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to receive, for the child's standard input."""
+
+    store: Path
+    label: str
+    parents: Mapping[str, str | None]
+    raw_dir: Path
+    keep_raw: bool
+
+    def encode(self, descriptor: int) -> bytes:
+        job = {
+            "version": 1,
+            "stream_fd": descriptor,
+            "store": str(self.store),
+            "label": self.label,
+            "parents": dict(self.parents),
+            "raw_dir": str(self.raw_dir),
+            "keep_raw": self.keep_raw,
+        }
+        return json.dumps(job).encode() + b"\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What was stored."""
+
+    memory: manifest.MemoryImage
+    new: int
+    stream_bytes: int
+    seconds: float
+    stream_seconds: float
+
+    @classmethod
+    def decode(cls, body: Any) -> Received:
+        try:
+            blocks = tuple(
+                manifest.RamBlock(str(b["name"]), int(b["size"]), int(b["page_size"]), str(b["image"]))
+                for b in body["blocks"]
+            )
+            image = manifest.MemoryImage(blocks, str(body["skeleton"]), int(body["skeleton_size"]))
+            return cls(
+                image,
+                int(body["new"]),
+                int(body["stream_bytes"]),
+                float(body["seconds"]),
+                float(body["stream_seconds"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise errors.ProtocolError(f"the memory receiver's result cannot be understood: {error}") from error
+
+
+class Receiver:
+    """The running child."""
+
+    def __init__(self, job: Job, descriptor: int) -> None:
+        """Start it with a duplicate of *descriptor*, the stream's read end; the caller closes its own."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "blkckpt.memory.receive"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[descriptor],
+            start_new_session=True,
+        )
+        self._ended = threading.Event()
+        self._received: Received | None = None
+        self._error: errors.BlkckptError | None = None
+        self.progress = (0, 0)
+        self._thread = threading.Thread(target=self._listen, name="memory receiver", daemon=True)
+        self._thread.start()
+        try:
+            assert self._process.stdin is not None
+            self._process.stdin.write(job.encode(descriptor))
+            self._process.stdin.flush()
+        except BaseException:
+            self.stop()
+            raise
+
+    def wait(self, timeout: float) -> Received | None:
+        """What was received, None when it is still at work after *timeout* seconds; raises what it failed with."""
+        if not self._ended.wait(timeout):
+            return None
+        if self._error is not None:
+            raise self._error
+        return self._received
+
+    def stop(self) -> None:
+        """End it; what is not finished is gone.  Idempotent."""
+        with contextlib.suppress(OSError):
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._thread.join()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def _listen(self) -> None:
+        try:
+            self._take_answers()
+        except errors.BlkckptError as error:
+            self._error = error
+        if self._received is None and self._error is None:
+            code = self._process.wait()
+            self._error = errors.BlkckptError(f"the memory receiver ended without a result (status {code})")
+        self._ended.set()
+
+    def _take_answers(self) -> None:
+        assert self._process.stdout is not None
+        while line := self._process.stdout.readline(MAX_LINE):
+            try:
+                message = json.loads(line)
+                kind, body = next(iter(message.items()))
+            except (ValueError, AttributeError, StopIteration) as error:
+                raise errors.ProtocolError(f"the memory receiver said {line[:80]!r}") from error
+            if kind == "progress":
+                self.progress = (int(body["done"]), int(body["total"]))
+            elif kind == "result":
+                self._received = Received.decode(body)
+            elif kind == "error":
+                text, number = str(body.get("message")), body.get("errno")
+                self._error = wire.error_from(wire.Failure(0, text, str(body.get("type")), number))

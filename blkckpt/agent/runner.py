@@ -1,0 +1,178 @@
+"""Takes a checkpoint: performs the actions of :mod:`blkckpt.agent.plan`.
+
+One agent at a time per VM (a lock in its directory; a second is refused at once).  It talks to three peers: the disk
+server over the control socket (whose connection is the lease: if we vanish, the disks go back to rest, D7), QEMU over
+QMP, and the memory receiver, a child.  Every wait has a deadline (A2); waits for work of unknown length end when
+nothing has moved for :data:`STALL_SECONDS`, and renew the lease by asking.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+from blkckpt import errors, log, paths, units
+from blkckpt.agent import checkpoint, machine, plan
+from blkckpt.control import client
+from blkckpt.store import manifest
+from blkckpt.store import store as stores
+from blkckpt.vm import definition, qmp
+
+BARRIER = "barrier"
+EXPLICIT = "explicit"
+AUTO = "auto"
+PAUSES = (BARRIER, EXPLICIT, AUTO)
+
+CheckpointOptions = checkpoint.CheckpointOptions
+
+logger = log.get(__name__)
+
+
+def _ignore(stage: str, done: int, total: int | None) -> None:
+    return None
+
+
+def take(
+    vm: paths.VmPaths,
+    wanted: definition.VmDefinition,
+    store: stores.Store,
+    options: checkpoint.CheckpointOptions,
+    progress: checkpoint.Progress = _ignore,
+) -> manifest.Manifest:
+    """Take a checkpoint of the running *vm* into *store*; returns its manifest.
+
+    Raises what failed, after everything has been taken back (A3); ``KeyboardInterrupt`` likewise.
+    """
+    if options.pause not in PAUSES:
+        raise errors.InputError(f"--pause {options.pause}: one of {', '.join(PAUSES)}")
+    began = time.monotonic()
+    with _alone(vm), store.hold(), contextlib.ExitStack() as stack:
+        name = _choose_name(store, vm.name, options.name)
+        control = stack.enter_context(client.Client.connect(vm.control_socket, name=f"checkpoint {name}"))
+        _check_server(control, wanted)
+        guest = None
+        if not options.disks_only:
+            session = stack.enter_context(qmp.QmpSession(options.qmp or vm.qmp_socket))
+            guest = machine.Machine(session)
+            guest.check()
+        mode = _choose_mode(options, guest)
+        work = checkpoint.Checkpoint(vm, store, options, name, control, guest, progress)
+        stack.callback(work.close)
+        return _Runner(plan.Plan(mode), work, began).run()
+
+
+@contextlib.contextmanager
+def _alone(vm: paths.VmPaths) -> Iterator[None]:
+    """The lock of checkpoints of *vm*: a second one is refused, not queued."""
+    descriptor = os.open(vm.root / "checkpoint.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise errors.StateError(
+                f"a checkpoint of VM {vm.name} is being taken already; try again when it is done"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _choose_name(store: stores.Store, vm: str, wanted: str | None) -> str:
+    taken = {name for _, name in store.names(vm)}
+    if wanted is not None:
+        units.check_name(wanted, "checkpoint name")
+        if wanted in taken:
+            raise errors.StateError(f"{vm} has a checkpoint {wanted} already; choose another name or remove it")
+        return wanted
+    base = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    candidates = (base if number == 1 else f"{base}-{number}" for number in range(1, len(taken) + 2))
+    return next(name for name in candidates if name not in taken)
+
+
+def _check_server(control: client.Client, wanted: definition.VmDefinition) -> None:
+    served = dict(control.welcome.disks)
+    if control.welcome.vm != wanted.name or served != {disk.name: disk.size for disk in wanted.disks}:
+        raise errors.StateError(
+            f"the disk server serves other disks than VM {wanted.name} is defined with; stop it and start it again"
+        )
+
+
+def _choose_mode(options: checkpoint.CheckpointOptions, guest: machine.Machine | None) -> plan.Mode:
+    if guest is None:
+        return plan.Mode.FROZEN if options.guest_agent else plan.Mode.DISKS
+    refusal = guest.background_refusal()
+    if refusal is None:
+        return plan.Mode.EXPLICIT if options.pause == EXPLICIT else plan.Mode.BARRIER
+    if options.pause != BARRIER:
+        return plan.Mode.STOPPED
+    kind = errors.MissingError if "kernel" in str(refusal) else errors.HypervisorError
+    raise kind(
+        f"this guest cannot be saved while it runs ({refusal}); with --pause explicit it is stopped while its memory "
+        "is saved, `blkckpt doctor` says what is missing"
+    ) from refusal
+
+
+class _Runner:
+    """Walks the plan.  Decides nothing."""
+
+    def __init__(self, walk: plan.Plan, work: checkpoint.Checkpoint, began: float) -> None:
+        self._plan, self._work, self._began = walk, work, began
+        self._error: BaseException | None = None
+        self._troubles: list[str] = []
+
+    def run(self) -> manifest.Manifest:
+        actions = self._plan.step(plan.Event.BEGIN)
+        while not self._plan.ended:
+            event = self._undo(actions) if self._plan.state is plan.State.ABORTING else self._do(actions)
+            actions = self._plan.step(event)
+        if self._plan.state is plan.State.FINISHED:
+            return self._work.finished(time.monotonic() - self._began, self._error)
+        assert self._error is not None
+        if self._troubles:
+            raise _with_troubles(self._error, self._troubles) from self._error
+        raise self._error
+
+    def _do(self, actions: tuple[plan.Action, ...]) -> plan.Event:
+        try:
+            for action in actions:
+                logger.debug("%s", action.value)
+                self._work.perform(action, self._plan.mode)
+        except BaseException as error:  # whatever it is, it is taken back first and raised then
+            self._error = error
+            fields = {"vm": self._work.vm.name, "state": self._plan.state.value, "error": str(error)}
+            logger.debug("checkpoint fails", extra={"fields": fields})
+            return plan.Event.FAILED
+        return plan.Event.DONE
+
+    def _undo(self, actions: tuple[plan.Action, ...]) -> plan.Event:
+        with _undisturbed():
+            for action in actions:
+                try:
+                    self._work.perform(action, self._plan.mode)
+                except Exception as error:
+                    self._troubles.append(f"could not {action.value}: {error}")
+        return plan.Event.FAILED if self._troubles else plan.Event.DONE
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold Ctrl-C back while taking back; every action there has a deadline."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        with contextlib.suppress(KeyboardInterrupt):  # asked for again meanwhile: it is being done
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _with_troubles(error: BaseException, troubles: list[str]) -> BaseException:
+    """*error*, saying what could not be taken back."""
+    if not isinstance(error, errors.BlkckptError):
+        logger.error("taking back: %s", "; ".join(troubles))
+        return error
+    kind = type(error) if type(error) is not qmp.RefusedError else errors.HypervisorError
+    return kind(f"{error}; besides, {'; '.join(troubles)}")
