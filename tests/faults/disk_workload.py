@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 
 from blkckpt import paths
-from blkckpt.disk import api, disk, group, job
+from blkckpt.disk import api, commit, disk, group, job
 from tests.faults import recorder
 
 VM = "vm"
@@ -31,6 +31,9 @@ STAND_IN = ("/bin/sh", "-c", f"read job; echo '{RESULT}'")
 
 HOT = 64 << 10
 """Most requests fall into this many bytes, so that they meet each other in blocks and map pages."""
+
+WINDOW = 32 << 10
+"""So that a commit of these small disks has many windows, and guest writes and flushes between them."""
 
 mark = recorder.Marker()
 
@@ -181,6 +184,7 @@ def own_range(rng: random.Random, size: int, number: int) -> tuple[int, int]:
 
 
 def main(home: str, seed: str, steps: str, end: str) -> None:
+    commit.WINDOW_BYTES, commit.WINDOW_RUNS = WINDOW, 3
     vm = paths.home(home).vm(VM)
     opened = group.DiskGroup.open(vm, open_image=no_image)
     opened.start()

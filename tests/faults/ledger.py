@@ -120,10 +120,11 @@ class DiskLedger:
         return None
 
     def _describe(self, number: int, found: bytes, cut: int) -> str:
-        for version in self.sectors[number]:
-            if found == version.content:
-                kind = "of the future" if version.issued >= cut else "older than the flushed one"
-                return f"a version {kind} (issued at {version.issued}, cut at {cut})"
+        issued = [version.issued for version in self.sectors[number] if version.content == found]
+        if any(time < cut for time in issued):
+            return f"a version older than the flushed one (issued at {issued}, cut at {cut})"
         if found.count(0) == len(found):
             return f"zeros that nobody wrote (cut at {cut})"
+        if issued:
+            return f"a version of the future (issued at {issued}, cut at {cut})"
         return f"bytes that nobody wrote here (cut at {cut}): {found[:24].hex()}…"
