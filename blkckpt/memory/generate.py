@@ -5,8 +5,7 @@ QEMU gets another way (a private mapping of a raw image: lazy restore).  Both ar
 one part of the RAM section for each block that has pages to send, the tail.  A page of zeros is a zero record: QEMU
 writes a page it is told is zero only if it is not, so the memory of the new process stays as sparse as it was.
 
-Pieces of about a mebibyte come out; they may be reused by the generator, so each must be written before the next one
-is asked for.
+Pieces of about a mebibyte come out, each with memory of its own.
 """
 
 from __future__ import annotations
@@ -98,12 +97,11 @@ def _block(block: records.Block, reader: RamReader) -> Iterator[bytes | memoryvi
         yield records.word(0, records.ZERO) + name + b"\0"
     else:
         yield records.word(0, records.PAGE) + name + first
-    pages = _PageRecords(size)
     for offset, length, zero in _split(reader.extents(size, block.size - size), size, block.size):
         if zero:
             yield _zero_records(np.arange(offset, offset + length, size, dtype=np.uint64))
         else:
-            yield from pages.records(offset, reader.read(offset, length))
+            yield from _page_records(size, offset, reader.read(offset, length))
 
 
 def _split(extents: Iterable[tuple[int, int, bool]], page: int, size: int) -> Iterator[tuple[int, int, bool]]:
@@ -138,27 +136,20 @@ def _zero_records(addresses: NDArray[np.uint64]) -> memoryview:
     return out.data.cast("B")
 
 
-class _PageRecords:
-    """Turns pieces of RAM into records in one buffer."""
-
-    def __init__(self, page: int) -> None:
-        self._page = page
-        self._out = np.empty((PIECE // page, 8 + page), np.uint8)
-
-    def records(self, offset: int, data: bytes) -> Iterator[memoryview]:
-        """Zero pages of the piece first (the order is free), then the others."""
-        count = len(data) // self._page
-        if len(data) % self._page or not count:
-            raise errors.CorruptError(f"a RAM image gave {len(data)} bytes, no whole pages, at {offset:#x}")
-        rows = np.frombuffer(data, np.uint8).reshape(count, self._page)
-        addresses = np.arange(offset, offset + len(data), self._page, dtype=np.uint64)
-        used = np.frombuffer(data, np.uint64).reshape(count, -1).any(axis=1)
-        if not used.all():
-            yield _zero_records(addresses[~used])
-            rows, addresses = rows[used], addresses[used]
-        if len(rows):
-            out = self._out[: len(rows)]
-            words = (addresses | np.uint64(records.PAGE | records.SAME)).astype(">u8")
-            out[:, :8] = words.view(np.uint8).reshape(-1, 8)
-            out[:, 8:] = rows
-            yield out.data.cast("B")
+def _page_records(page: int, offset: int, data: bytes) -> Iterator[memoryview]:
+    """Zero pages of the piece first (the order is free), then the others."""
+    count = len(data) // page
+    if len(data) % page or not count:
+        raise errors.CorruptError(f"a RAM image gave {len(data)} bytes, no whole pages, at {offset:#x}")
+    rows = np.frombuffer(data, np.uint8).reshape(count, page)
+    addresses = np.arange(offset, offset + len(data), page, dtype=np.uint64)
+    used = np.frombuffer(data, np.uint64).reshape(count, -1).any(axis=1)
+    if not used.all():
+        yield _zero_records(addresses[~used])
+        rows, addresses = rows[used], addresses[used]
+    if len(rows):
+        out = np.empty((len(rows), 8 + page), np.uint8)
+        words = (addresses | np.uint64(records.PAGE | records.SAME)).astype(">u8")
+        out[:, :8] = words.view(np.uint8).reshape(-1, 8)
+        out[:, 8:] = rows
+        yield out.data.cast("B")

@@ -268,7 +268,7 @@ def check_tail(tail: bytes | bytearray) -> None:
     """
     if find_description(tail) is not None:
         return
-    if tail[-1:] == b"\0" and (len(tail) == 1 or _ends_with_footer(tail)):
+    if tail[-1:] == b"\0" and _ends_with_footer(tail):
         return
     raise errors.ProtocolError(
         "memory stream: the device state is cut off or has something behind it; the checkpoint is not usable"

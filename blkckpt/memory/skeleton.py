@@ -181,7 +181,13 @@ def _decode_table(
         except (struct.error, UnicodeDecodeError) as error:
             raise errors.CorruptError("memory skeleton: the block table is damaged") from error
         pos += _ENTRY.size + length
-        if not 0 < size <= records.MAX_RAM or size % page_size or name in blocks or not 0 < length < 256:
+        if (
+            not 0 < size <= records.MAX_RAM
+            or size % page_size
+            or name in blocks
+            or not 0 < length < 256
+            or offset % ALIGNMENT
+        ):
             raise errors.CorruptError(f"memory skeleton: RAM block {name!r} of {size} bytes cannot be")
         blocks[name] = records.Block(name, size, page_size)
         if offset:

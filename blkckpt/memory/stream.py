@@ -11,7 +11,7 @@ States, and what ends them::
     sections ─ 0x07 configuration ─> sections
              ─ 0x01 ram ─> records       ─ 0x01 other ─> opaque
              ─ 0x02, 0x03 ─> records or opaque, by section id
-             ─ 0x04 or 0x00 ─> tail      (device state: nothing after it is looked into)
+             ─ 0x04 ─> tail              (device state: nothing after it is looked into)
     records ─ end word, footer ─> sections
     opaque ─ footer and a believable next section ─> sections
     tail ─ end of the stream
@@ -181,7 +181,9 @@ class Parser:
     def _sections(self, data: memoryview, pos: int) -> int:
         cursor = records.Cursor(data, pos)
         kind = cursor.u8()
-        if kind in (records.FULL, records.EOF):
+        if kind == records.EOF:
+            raise errors.ProtocolError("memory stream: it ends without any device state")
+        if kind == records.FULL:
             if self._layout is None:
                 raise errors.ProtocolError("memory stream: device state without any RAM before it")
             self._step = self._in_tail
