@@ -56,8 +56,7 @@ class Overlay:
             pages = self.bits.take_dirty()
             try:
                 self.file.datasync()
-                if pages:
-                    self.durable.write(pages)
+                self.durable.write(pages)
             except BaseException:
                 self.bits.give_back(pages)
                 if self.durable.file.failed is not None:

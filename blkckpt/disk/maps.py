@@ -242,10 +242,11 @@ class DurableMap:
                 self._reserved[page] = 1
 
     def write(self, pages: Pages) -> None:
-        """Make *pages* durable.  Each goes to the slot that does not hold its last durable version.
+        """Make *pages*, and all that was written before, durable.  Costs nothing if there is nothing.
 
-        The first sync is for what an earlier process wrote and did not live to sync: it must not be the only version
-        of a page that is about to lose its other slot.  Else it costs nothing.
+        Each page goes to the slot that does not hold its last durable version.  The first sync is for what an earlier
+        process wrote and did not live to sync: this flush vouches for it (D3), and it must not be the only version of
+        a page that is about to lose its other slot.
         """
         self.file.datasync()
         for page, bits in pages.items():
