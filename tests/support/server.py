@@ -199,10 +199,12 @@ def vanish(handle: Any) -> None:
 
 
 @contextlib.contextmanager
-def refereed(root: Path, sizes: Mapping[str, int]) -> Iterator[tuple[Stand, referee.Referee]]:
+def refereed(
+    root: Path, sizes: Mapping[str, int], hook: str = "tests.support.referee"
+) -> Iterator[tuple[Stand, referee.Referee]]:
     """A started server whose every file operation can be held or failed."""
     path = root / "referee.sock"
     os.environ[referee.VARIABLE] = str(path)
-    with referee.Referee(path) as judge, Stand(root, sizes, hook="tests.support.referee") as stand:
+    with referee.Referee(path) as judge, Stand(root, sizes, hook=hook) as stand:
         stand.start()
         yield stand, judge
