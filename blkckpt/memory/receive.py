@@ -220,6 +220,7 @@ def watch(work: Work, control: int, say: Callable[[dict[str, Any]], None]) -> er
     while True:
         ready = {descriptor for descriptor, _ in poll.poll(PROGRESS_EVERY * 1000)}
         if work.done in ready:
+            say({"progress": work.progress()})
             return None
         if work.cancel.fd in ready:
             return work.cancel.reason

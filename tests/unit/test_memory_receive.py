@@ -1,0 +1,303 @@
+"""The receiver as a process, fed with synthetic streams: what is in the store and in the raw image is the memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blkckpt import errors
+from blkckpt.memory import assemble, generate, image, intake, receive, skeleton
+from blkckpt.store import store
+from tests.support import ramstream as rs
+
+PAGE = rs.PAGE
+RAM_PAGES = (17 << 20) // PAGE + 3  # above the small blocks' limit, and no multiple of a chunk
+BLOCKS = [("pc.ram", RAM_PAGES * PAGE), ("pc.bios", 2 * PAGE)]
+DEADLINE = 60
+
+
+class Child:
+    """A receiver with its pipes."""
+
+    def __init__(self, tmp_path: Path, **job: Any) -> None:
+        self.raw = tmp_path / "raw"
+        store.Store.open_or_init(tmp_path / "store").close()
+        reader, self.stream = os.pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "blkckpt.memory.receive"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[reader],
+        )  # fmt: skip
+        os.close(reader)
+        full = {
+            "version": 1, "stream_fd": reader, "store": str(tmp_path / "store"), "label": "vm@c", "parents": {},
+            "raw_dir": str(self.raw), "keep_raw": True,
+        }  # fmt: skip
+        self.say(json.dumps(full | job).encode() + b"\n")
+
+    def say(self, line: bytes) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line)
+        self.process.stdin.flush()
+
+    def send(self, data: bytes) -> None:
+        view = memoryview(data)
+        with contextlib.suppress(BrokenPipeError):
+            while view:
+                view = view[os.write(self.stream, view) :]
+
+    def end(self) -> list[dict[str, Any]]:
+        """Close the stream and wait; every line it said."""
+        if self.stream >= 0:
+            os.close(self.stream)
+            self.stream = -1
+        assert self.process.stdout is not None
+        assert self.process.stdin is not None
+        watchdog = threading.Timer(DEADLINE, self.process.kill)
+        watchdog.start()
+        lines = [json.loads(line) for line in self.process.stdout]
+        self.process.wait()
+        watchdog.cancel()
+        self.process.stdin.close()
+        self.process.stdout.close()
+        return lines
+
+
+@pytest.fixture
+def child(tmp_path: Path) -> Iterator[Callable[..., Child]]:
+    children: list[Child] = []
+
+    def start(**job: Any) -> Child:
+        children.append(Child(tmp_path, **job))
+        return children[-1]
+
+    yield start
+    for one in children:
+        if one.process.poll() is None:
+            one.process.kill()
+            one.end()
+
+
+def take(child: Callable[..., Child], records: Sequence[rs.Record], **job: Any) -> dict[str, Any]:
+    one = child(**job)
+    one.send(rs.whole(BLOCKS, records, rs.tail(description={"devices": []})))
+    lines = one.end()
+    assert one.process.returncode == 0, lines
+    assert all(set(line) == {"progress"} for line in lines[:-1])
+    result: dict[str, Any] = lines[-1]["result"]
+    return result
+
+
+def check(tmp_path: Path, result: dict[str, Any], records: Sequence[rs.Record]) -> None:
+    """Store, raw image and skeleton hold what the model holds."""
+    want = rs.memory(BLOCKS, records)
+    (block,) = result["blocks"]
+    assert (block["name"], block["size"], block["page_size"]) == ("pc.ram", RAM_PAGES * PAGE, PAGE)
+    with store.Store.open(tmp_path / "store") as opened:
+        reader = opened.image(block["image"])
+        assert reader.read(0, reader.size) == want[0]
+        data = opened.image(result["skeleton"])
+        assert data.size == result["skeleton_size"]
+        skel = skeleton.decode(data.read(0, data.size))
+        assert bytes(skel.small["pc.bios"]) == want[1]
+        again, _ = rs.parse(b"".join(generate.full(skel, {"pc.ram": reader})))
+        assert again.blocks == want
+    if block["raw"]:
+        assert Path(block["raw"]).read_bytes() == want[0]
+        assert image.usable(Path(block["raw"]), block["size"], block["image"])
+
+
+def pages(seed: int, numbers: Sequence[int], density: float = 0.5) -> list[rs.Record]:
+    rng = random.Random(seed)
+    return [(0, n, rng.randbytes(PAGE) if rng.random() < density else b"\0") for n in numbers]
+
+
+def test_background_snapshot_order(tmp_path: Path, child: Callable[..., Child]) -> None:
+    """Every page once: in order, with pages the guest faulted on in between."""
+    rng = random.Random(1)
+    faulted = rng.sample(range(RAM_PAGES), 200)
+    order = [n for n in range(RAM_PAGES) if n not in set(faulted)]
+    for n in faulted:
+        order.insert(rng.randrange(len(order)), n)
+    records = [*pages(2, order), (1, 0, b"\0"), (1, 1, rng.randbytes(PAGE))]
+    result = take(child, records)
+    check(tmp_path, result, records)
+    assert result["pages"] + result["zero_pages"] == RAM_PAGES + 2
+    assert result["stream_bytes"] == len(rs.whole(BLOCKS, records, rs.tail(description={"devices": []})))
+    assert result["blocks"][0]["raw"] == str(tmp_path / "raw/pc.ram.raw")
+
+
+def test_pages_sent_again(tmp_path: Path, child: Callable[..., Child]) -> None:
+    """As a plain migration does: data over data, zeros over data, data over zeros, after chunks were handed on."""
+    records = pages(3, range(RAM_PAGES)) + pages(4, range(0, RAM_PAGES, 7)) + pages(5, range(5, 900), 0.1)
+    result = take(child, records, keep_raw=True)
+    check(tmp_path, result, records)
+
+
+def test_pages_that_never_come_are_zero(tmp_path: Path, child: Callable[..., Child]) -> None:
+    records = pages(6, [5, 6, 4000, RAM_PAGES - 1], 1.0)
+    check(tmp_path, take(child, records), records)
+
+
+def test_fill_bytes_that_are_not_zero(tmp_path: Path, child: Callable[..., Child]) -> None:
+    records: list[rs.Record] = [(0, n, bytes([n % 5])) for n in range(400)] + [(1, 0, b"\x07")]
+    check(tmp_path, take(child, records), records)
+
+
+def test_parent(tmp_path: Path, child: Callable[..., Child]) -> None:
+    """Only what changed is added; what became zero, or did not come, is zero and not the parent's."""
+    first = pages(7, range(RAM_PAGES), 1.0)
+    before = take(child, first, keep_raw=False)
+    assert before["blocks"][0]["raw"] is None
+    assert list((tmp_path / "raw").iterdir()) == []
+    second = [
+        (0, n, b"\0" if n in range(16, 48) or n == 100 else content)
+        for _, n, content in first
+        if n not in range(320, 340)
+    ]
+    second[600] = (0, second[600][1], b"x" * PAGE)
+    after = take(child, second, parents={"pc.ram": before["blocks"][0]["image"], "gone": None})
+    check(tmp_path, after, second)
+    assert after["new"] < 0.05 * before["new"]
+
+
+def test_a_parent_that_does_not_fit_is_left_out(tmp_path: Path, child: Callable[..., Child]) -> None:
+    first = take(child, [(0, 0, b"\0")])
+    for parent in (first["skeleton"], "f" * 32, "no id"):
+        records = pages(8, range(40))
+        check(tmp_path, take(child, records, parents={"pc.ram": parent}), records)
+
+
+def fails(one: Child, kind: str, match: str) -> None:
+    lines = one.end()
+    assert one.process.returncode == 1
+    assert lines[-1]["error"]["type"] == kind, lines
+    assert match in lines[-1]["error"]["message"]
+    assert "\n" not in lines[-1]["error"]["message"]
+    assert not one.raw.exists() or list(one.raw.iterdir()) == []
+
+
+def test_truncated_stream(child: Callable[..., Child]) -> None:
+    one = child()
+    one.send(rs.whole(BLOCKS, pages(9, range(2000)))[:-2000])
+    fails(one, "ProtocolError", "it ends in the middle of the RAM")
+
+
+def test_empty_stream(child: Callable[..., Child]) -> None:
+    fails(child(), "ProtocolError", "its header")
+
+
+def test_stream_without_ram_pages(child: Callable[..., Child]) -> None:
+    one = child()
+    one.send(rs.whole(BLOCKS, [(1, 0, b"\0")]))
+    fails(one, "ProtocolError", "no page of RAM block 'pc.ram'")
+
+
+def test_foreign_stream_ends_at_once(child: Callable[..., Child]) -> None:
+    """The pipe breaks, so that QEMU's migration fails and the guest runs on."""
+    one = child()
+    with pytest.raises(BrokenPipeError):
+        for _ in range(1000):
+            os.write(one.stream, b"x" * 65536)
+    fails(one, "ProtocolError", "not a QEMU migration stream")
+
+
+def wait_for_progress(one: Child) -> None:
+    assert one.process.stdout is not None
+    assert "progress" in json.loads(one.process.stdout.readline())
+
+
+def test_driver_gone(child: Callable[..., Child]) -> None:
+    one = child()
+    one.send(rs.whole(BLOCKS, pages(10, range(1000)))[:2_000_000])
+    wait_for_progress(one)
+    assert one.process.stdin is not None
+    one.process.stdin.close()
+    one.process.wait(DEADLINE)
+    fails(one, "StateError", "driver is gone")
+
+
+def test_terminated(child: Callable[..., Child]) -> None:
+    one = child()
+    one.send(rs.whole(BLOCKS, pages(11, range(1000)))[:2_000_000])
+    wait_for_progress(one)
+    one.process.send_signal(signal.SIGTERM)
+    one.process.wait(DEADLINE)
+    fails(one, "StateError", "stopped by a signal")
+
+
+def test_killed_leaves_no_raw_image(child: Callable[..., Child]) -> None:
+    one = child()
+    one.send(rs.whole(BLOCKS, pages(12, range(1000)))[:2_000_000])
+    wait_for_progress(one)
+    one.process.kill()
+    one.end()
+    assert list(one.raw.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"\n",
+        b"nonsense\n",
+        b"[]\n",
+        b"{}\n",
+        b'{"version": 2}\n',
+        b'{"version": 1, "stream_fd": "x"}\n',
+        b"\xff\n",
+    ],
+)
+def test_bad_jobs(line: bytes) -> None:
+    with pytest.raises(errors.InputError) as caught:
+        receive.parse_job(line)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_store(tmp_path: Path, child: Callable[..., Child]) -> None:
+    fails(child(store=str(tmp_path / "nowhere")), "NotFoundError", "no checkpoint store")
+
+
+def test_full_disk_is_said_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOSPC while writing the raw image comes out of the receiver as NoSpaceError."""
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    data = rs.whole(BLOCKS, pages(13, range(100), 1.0))
+    reader, writer = os.pipe()
+    assert os.write(writer, data[:60_000]) == 60_000
+    os.close(writer)
+    sink = assemble.Assembler(tmp_path)
+    monkeypatch.setattr(os, "pwritev", full)
+    with pytest.raises(errors.NoSpaceError, match="free some space"):
+        intake.Receiver(reader, sink, intake.Cancel()).run(lambda *_: None)
+    sink.close()
+    os.close(reader)
+
+
+def test_progress_is_rare_and_ends_with_all(child: Callable[..., Child]) -> None:
+    one = child()
+    data = rs.whole(BLOCKS, [*pages(14, range(RAM_PAGES), 0.0), (1, 0, b"\0"), (1, 1, b"\0")])
+    begun = time.monotonic()
+    for at in range(0, len(data), 1000):
+        one.send(data[at : at + 1000])
+        time.sleep(0.03)
+    lines = one.end()
+    seconds = time.monotonic() - begun
+    total = (RAM_PAGES + 2) * PAGE
+    told = [line["progress"]["done"] for line in lines[:-1]]
+    assert told == sorted(told)
+    assert len(told) <= 5 * seconds + 2
+    assert lines[-2]["progress"] == {"done": total, "total": total}
