@@ -93,7 +93,8 @@ def open_checked(path: Path, flags: int, what: str) -> int:
     :class:`errors.AccessError`, saying *what* the file was to be.
     """
     try:
-        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
+        # O_NONBLOCK: a FIFO in the file's place must be refused below, not waited for
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise errors.from_os_error(error, f"opening {what} {path}") from error
     info = os.fstat(descriptor)
