@@ -1,6 +1,6 @@
 """The entry point: finds the verb, turns errors into one line and an exit code.
 
-Verbs are imported when they are used, so that ``blkckpt list`` does not pay for QMP, numpy and the rest.
+Verbs are imported when they are used, so that ``blkckpt list`` does not pay for QMP, asyncio and the rest.
 """
 
 from __future__ import annotations

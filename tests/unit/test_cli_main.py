@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -136,12 +135,8 @@ def test_sigterm_unwinds(tmp_path: Path) -> None:
     assert (tmp_path / "cleaned").exists()
 
 
-def test_starting_is_quick() -> None:
-    """Listing must not import QMP, numpy or rich's world before a verb needs them."""
-    code = (
-        "import sys; from blkckpt.cli import main; print(int('numpy' in sys.modules), int('qemu.qmp' in sys.modules))"
-    )
-    began = time.monotonic()
+def test_a_verb_is_imported_when_it_is_used() -> None:
+    """Listing must not pay for QMP (asyncio) and what else it does not use."""
+    code = "import sys; from blkckpt.cli import main; print(*[name for name in ('qemu.qmp', 'asyncio') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout == "0 0\n"
-    assert time.monotonic() - began < 10
+    assert result.stdout == "\n"

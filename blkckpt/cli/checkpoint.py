@@ -1,0 +1,131 @@
+"""``blkckpt checkpoint``: take a checkpoint of a running VM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from blkckpt import errors, units
+from blkckpt.agent import checkpoint as agent
+from blkckpt.agent import rundir, runner
+from blkckpt.cli import describe, names, output, session, verb
+from blkckpt.store import manifest, store
+
+KEPT = 2
+"""Memory images kept by default: restoring the newest two needs no unpacking."""
+
+
+@click.command(
+    cls=verb.Verb,
+    examples=(
+        "blkckpt checkpoint web",
+        "blkckpt checkpoint web --name before-upgrade --note 'kernel 6.1.90'",
+        "blkckpt checkpoint db --disk-only --guest-agent /run/db-qga.sock",
+        "blkckpt checkpoint web --rate 50M --json | jq '.stopped_ms, .added_bytes'",
+    ),
+    keys=(
+        f"{describe.KEYS}, stopped_ms (null: the guest was not stopped), seconds (all of it), "
+        "added_bytes (what the store grew by)"
+    ),
+)
+@verb.vm_argument
+@click.option("--name", "checkpoint", metavar="CKPT", help="Its name [default: the time, UTC].")
+@click.option("--note", "notes", multiple=True, metavar="TEXT", help="Kept with it and shown by list. Repeat for more.")
+@click.option(
+    "--pause",
+    type=click.Choice([runner.AUTO, runner.BARRIER, runner.EXPLICIT]),
+    default=runner.AUTO,
+    show_default=True,
+    help="barrier: the disks switch inside QEMU's own stop of a few milliseconds; explicit: the guest is stopped "
+    "while memory is set up or, where QEMU cannot do better, saved; auto: barrier where it works.",
+)
+@click.option("--disk-only", is_flag=True, help="No memory, no hypervisor: as if the power was cut (crash-consistent).")
+@click.option(
+    "--guest-agent",
+    type=click.Path(path_type=Path),
+    metavar="SOCKET",
+    help="With --disk-only: freeze the guest's file systems for it, through the QEMU guest agent.",
+)
+@click.option("--qmp", type=click.Path(path_type=Path), metavar="SOCKET", help="QEMU's QMP socket, if not our own.")
+@click.option(
+    "--keep-memory", type=click.IntRange(0), default=KEPT, show_default=True, metavar="N",
+    help="Keep the unpacked memory of the N newest checkpoints, for the quickest restore; 0 keeps none.",
+)  # fmt: skip
+@click.option("--rate", metavar="SIZE", help="Copy at most so many bytes of the disks a second, for example 50M.")
+@verb.json_option
+@click.pass_obj
+def command(
+    ours: session.Session,
+    name: str,
+    checkpoint: str | None,
+    notes: tuple[str, ...],
+    pause: str,
+    disk_only: bool,
+    guest_agent: Path | None,
+    qmp: Path | None,
+    keep_memory: int,
+    rate: str | None,
+    as_json: bool,
+) -> None:
+    """Take a checkpoint of a running VM: disks, memory and devices, all of one instant, while it runs on.
+
+    Interrupted, or failed at any point, it is taken back and nothing is left.
+    """
+    vm, wanted = ours.vm(name)
+    options = agent.CheckpointOptions(
+        name=None if checkpoint is None else names.check_new_checkpoint(checkpoint),
+        pause=pause,
+        disks_only=disk_only,
+        guest_agent=None if guest_agent is None else guest_agent.absolute(),
+        rate=None if rate is None else units.parse_size(rate),
+        keep_memory=keep_memory,
+        qmp=None if qmp is None else qmp.absolute(),
+        notes=notes,
+    )
+    _check_choices(options)
+    running = rundir.find(vm)
+    if running is None:
+        raise errors.StateError(f"VM {name} does not run; start it first: blkckpt run {name} -- qemu-system-x86_64 …")
+    if running.machine is None and qmp is None and not disk_only:
+        raise errors.StateError(
+            f"VM {name} is served without a QEMU of ours: give QEMU's own socket with --qmp, or take --disk-only"
+        )
+    with ours.store_for_writing(name) as place:
+        before = stored(place)
+        with ours.reporter() as bars:
+            taken = runner.take(vm, wanted, place, options, bars.update)
+        _report(taken, stored(place) - before, as_json)
+
+
+def _check_choices(options: agent.CheckpointOptions) -> None:
+    if options.guest_agent and not options.disks_only:
+        raise errors.InputError("--guest-agent goes with --disk-only: a checkpoint with memory needs no freezing")
+    if options.rate is not None and options.rate < 1:
+        raise errors.InputError("--rate must be at least one byte a second")
+
+
+def stored(place: store.Store) -> int:
+    """The bytes of the packs of *place*."""
+    return sum(size for _, size in place.packs.ids())
+
+
+def _report(taken: manifest.Manifest, added: int, as_json: bool) -> None:
+    stopped = taken.timings.get("stopped")
+    seconds = taken.timings.get("total", 0.0)
+    if as_json:
+        figures: dict[str, Any] = {
+            "stopped_ms": None if stopped is None else stopped * 1000,
+            "seconds": seconds,
+            "added_bytes": added,
+        }
+        output.write_json({**describe.keys(taken), **figures})
+        return
+    pause = (
+        "the guest was not stopped" if stopped is None else f"the guest stopped for {units.format_duration(stopped)}"
+    )
+    output.write(
+        f"{taken.vm}@{taken.name}: {pause}; {units.format_size(describe.size(taken))} saved in "
+        f"{units.format_duration(seconds)}, {units.format_size(added)} added to the store"
+    )

@@ -1,0 +1,90 @@
+"""``blkckpt verify``: are the checkpoints whole?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from blkckpt import errors, units
+from blkckpt.cli import names, output, progress, session, verb
+from blkckpt.store import check, store
+
+SHOWN = 20
+"""Problems that people are told; JSON has all that were kept."""
+
+
+@click.command(
+    cls=verb.Verb,
+    examples=("blkckpt verify", "blkckpt verify web", "blkckpt verify web@before-upgrade --json | jq '.problems'"),
+    keys=(
+        "ok, checkpoints, images, packs, chunks, bytes, seconds, problem_count, problems: [{where, what}], "
+        "stores: [path]"
+    ),
+)
+@verb.optional_target_argument
+@verb.json_option
+@click.pass_obj
+def command(ours: session.Session, target: names.Target | None, as_json: bool) -> None:
+    """Read every byte that checkpoints need and compare it with its hash; without a VM, everything in the stores.
+
+    Changes nothing. Exit code 6 when something is damaged, and each damaged chunk is named with the checkpoints that
+    need it.
+    """
+    with ours.reporter() as bars:
+        reports = [_verify(place, target, name, bars) for place, name in _places(ours, target)]
+    places = [str(place.path) for place, _ in _places(ours, target)]
+    if as_json:
+        output.write_json({**_keys(reports), "stores": places})
+    else:
+        output.write(_text(reports))
+    count = sum(one.problem_count for one in reports)
+    if count:
+        raise errors.CorruptError(f"{count} problem{'s' if count > 1 else ''} found in {', '.join(places)}")
+
+
+def _places(ours: session.Session, target: names.Target | None) -> list[tuple[store.Store, str | None]]:
+    """The stores to look at, and the one checkpoint if it is one."""
+    if target is None:
+        return [(place, None) for place in ours.stores()]
+    if target.checkpoint is not None:
+        return [ours.locate(target)]
+    found = [(place, None) for place in ours.stores(target.vm)]
+    if not any(place.names(target.vm) for place, _ in found):
+        ours.vm(target.vm)
+    return list(found)
+
+
+def _verify(place: store.Store, target: names.Target | None, name: str | None, bars: progress.Reporter) -> check.Report:
+    def advance(done: int, total: int) -> None:
+        bars.update("verify", done, total)
+
+    return check.verify(place, target.vm if target else None, name, advance)
+
+
+def _keys(reports: Sequence[check.Report]) -> dict[str, Any]:
+    return {
+        "ok": all(one.ok for one in reports),
+        "checkpoints": sum(one.checkpoints for one in reports),
+        "images": sum(one.images for one in reports),
+        "packs": sum(one.packs for one in reports),
+        "chunks": sum(one.chunks for one in reports),
+        "bytes": sum(one.bytes for one in reports),
+        "seconds": sum(one.seconds for one in reports),
+        "problem_count": sum(one.problem_count for one in reports),
+        "problems": [{"where": each.where, "what": each.what} for one in reports for each in one.problems],
+    }
+
+
+def _text(reports: Sequence[check.Report]) -> str:
+    found = _keys(reports)
+    lines = [f"{each['where']}: {each['what']}" for each in found["problems"][:SHOWN]]
+    if found["problem_count"] > SHOWN:
+        lines.append(f"and {found['problem_count'] - len(lines)} more")
+    rate = f", {units.format_size(found['bytes'] / found['seconds'])}/s" if found["seconds"] > 0 else ""
+    lines.append(
+        f"{'damaged' if lines else 'whole'}: {found['checkpoints']} checkpoints, {found['images']} images, "
+        f"{found['chunks']} chunks; {units.format_size(found['bytes'])} read{rate}"
+    )
+    return "\n".join(lines)
