@@ -18,7 +18,7 @@ PACKAGE = ROOT / "blkckpt"
 RANKS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"units", "log", "durable"}),
-    frozenset({"paths", "disk.barrier", "disk.api", "disk.blocks", "memory.records"}),
+    frozenset({"paths", "disk.barrier", "disk.api", "disk.blocks", "memory.records", "vm.qemuopts"}),
     # Pure: values and bytes, no process, no socket.
     frozenset({
         "disk.blockmap", "disk.format", "control.messages", "control.wire", "store.layout",

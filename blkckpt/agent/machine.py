@@ -16,7 +16,7 @@ from typing import Any
 
 from blkckpt import errors
 from blkckpt.store import manifest
-from blkckpt.vm import barrier, qmp
+from blkckpt.vm import barrier, commandline, qmp
 
 BACKGROUND = "background-snapshot"
 STREAM = "blkckpt-stream"
@@ -75,7 +75,8 @@ class Machine:
         if status != "running":
             advice = _ADVICE.get(status, "continue it (`cont`)")
             raise errors.StateError(
-                f"the guest does not run (QEMU says {status}): {advice} and try again, or take a checkpoint of the disks alone (--disk-only)"
+                f"the guest does not run (QEMU says {status}): {advice} and try again, "
+                "or take a checkpoint of the disks alone (--disk-only)"
             )
         migration = self.session.execute("query-migrate")
         if migration.get("status") in ACTIVE:
@@ -289,7 +290,7 @@ class Machine:
 
 
 def command_line(pid: int) -> tuple[str, ...]:
-    """The command line of process *pid*, its program as a path if the kernel knows it."""
+    """The command line of process *pid*, its program and files as paths if the kernel tells where it was started."""
     try:
         raw = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError as error:
@@ -300,4 +301,5 @@ def command_line(pid: int) -> tuple[str, ...]:
     with contextlib.suppress(OSError):
         program = os.readlink(f"/proc/{pid}/exe")  # noqa: PTH115  (a path as a string)
         words[0] = program if Path(program).exists() else words[0]
+        return commandline.absolute(words, os.readlink(f"/proc/{pid}/cwd"))  # noqa: PTH115
     return tuple(words)
