@@ -48,7 +48,7 @@ STOP_SECONDS = 120.0
 """A clean stop flushes everything the page cache holds of the layers."""
 KILL_SECONDS = 10.0
 MAX_LOG = 16 << 20
-"""``nbdkit.log`` is begun anew when it is larger than this at a start."""
+"""A log is begun anew when it is larger than this at a start."""
 _TAIL = 64 << 10
 
 logger = log.get(__name__)
@@ -135,9 +135,10 @@ class NbdServer:
         program = probe()
         check_interpreter(program)
         argv = ["/bin/sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *self._command(program)]
-        with self._open_log() as output, open(os.devnull, "rb") as null:
+        with open_log(self.vm, "nbdkit.log") as output, open(os.devnull, "rb") as null:
             sources = [null.fileno(), output.fileno(), output.fileno(), self._nbd.fileno(), self._control.fileno()]
             descriptors = [_high(source) for source in sources]
+            self._log_start = output.tell()
         try:
             self.pid = os.posix_spawn(
                 argv[0],
@@ -160,15 +161,6 @@ class NbdServer:
             "python", str(self._plugin), f"home={self.vm.root.parent.parent}", f"vm={self.vm.name}",
             f"python={sys.executable}", f"site={sysconfig.get_path('purelib')}", "control_fd=4",
         ]  # fmt: skip
-
-    def _open_log(self) -> IO[bytes]:
-        path = paths.private_directory(self.vm.log) / "nbdkit.log"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        output = os.fdopen(descriptor, "ab")
-        if output.tell() > MAX_LOG:
-            output.truncate(0)
-        self._log_start = output.seek(0, os.SEEK_END)
-        return output
 
     def wait_ready(self, deadline: float = READY_SECONDS, interrupt: int | None = None) -> messages.Welcome:
         """Wait until the control server answers hello.
@@ -235,6 +227,20 @@ class NbdServer:
 
     def _kill(self) -> None:
         signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+
+def open_log(vm: paths.VmPaths, name: str) -> IO[bytes]:
+    """*vm*'s log *name*, 0600, for appending; begun anew when it has grown past ``MAX_LOG``."""
+    path = paths.private_directory(vm.log) / name
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise errors.from_os_error(error, f"opening the log {path}") from error
+    output = os.fdopen(descriptor, "ab")
+    if output.tell() > MAX_LOG:
+        output.truncate(0)
+        output.seek(0, os.SEEK_END)
+    return output
 
 
 def wait_for(descriptors: list[int], seconds: float) -> set[int]:

@@ -32,7 +32,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -327,7 +327,7 @@ def _spawn_detached(vm: paths.VmPaths, machine: Machine | None, sender: int) -> 
         "machine": asdict(machine) if machine else None,
         "answer": sender,
     }
-    with _log_of(vm) as output:
+    with nbdserver.open_log(vm, "qemu.log") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "blkckpt.agent.supervisor"],
             stdin=subprocess.PIPE,
@@ -340,17 +340,6 @@ def _spawn_detached(vm: paths.VmPaths, machine: Machine | None, sender: int) -> 
     with contextlib.suppress(BrokenPipeError), process.stdin as orders:
         orders.write(json.dumps(order).encode())
     return process
-
-
-@contextlib.contextmanager
-def _log_of(vm: paths.VmPaths) -> Iterator[IO[bytes]]:
-    """``qemu.log``: what QEMU and the detached supervisor say, one run after the other."""
-    path = paths.private_directory(vm.log) / "qemu.log"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "ab") as output:
-        if output.tell() > nbdserver.MAX_LOG:
-            output.truncate(0)
-        yield output
 
 
 def _started(answer: bytes, vm: paths.VmPaths) -> rundir.Running:
@@ -387,11 +376,12 @@ def _run_and_tell(vm: paths.VmPaths, machine: Machine | None, pipe: IO[bytes]) -
 
     try:
         return run(vm, machine, lambda _: tell({"ready": True}))
-    except errors.BlkckptError as error:
-        logger.error("the VM was not run", extra={"fields": {"vm": vm.name, "error": str(error)}})
+    except Exception as error:
+        expected = isinstance(error, errors.BlkckptError)
+        logger.error("not run", extra={"fields": {"vm": vm.name, "error": str(error)}}, exc_info=not expected)
         failure = wire.failure_from(error)
         tell({"type": failure.kind, "message": failure.message})
-        return error.exit_code
+        return wire.OWN_ERRORS - failure.code
 
 
 if __name__ == "__main__":

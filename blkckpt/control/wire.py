@@ -205,7 +205,7 @@ def failure_from(error: BaseException, code: int | None = None) -> Failure:
     expected = error if isinstance(error, errors.BlkckptError) else None
     kind = _public_class(type(expected)) if expected else errors.BlkckptError
     number = expected.errno if expected else getattr(error, "errno", None)
-    message = str(error) if expected else f"the disk server failed: {type(error).__name__}: {error}"
+    message = str(error) if expected else f"an unexpected failure: {type(error).__name__}: {error}"
     return Failure(OWN_ERRORS - kind.exit_code if code is None else code, message[:4096], kind.__name__, number)
 
 
