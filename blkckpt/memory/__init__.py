@@ -26,19 +26,21 @@ Rules.
 * **M1** The stream is drained at the speed of the page cache.  Nothing between the pipe and the raw image waits for the
   store, for a disk or for another process: a guest whose write faults queue behind the stream would stall.
 * **M2** What is not understood is refused, by name, with the capability that must be off; nothing is guessed or
-  skipped.  The one exception is a live section that is not RAM, which has no length (see ``stream`` for the rule that ends
-  it) and is kept verbatim.
+  skipped.  The one exception is a live section that is not RAM, which has no length (see ``stream`` for the rule that
+  ends it) and is kept verbatim.
 * **M3** Nothing in a stream or skeleton is believed before it is checked: names, lengths and addresses are bounded, and
   memory in use does not grow with what is read (but for device state, bounded too, and one byte for each page of RAM).
 * **M4** A page that is sent again replaces the one before, also if its chunk was handed on: the block is then read
   again from the raw image, which always holds the newest.
-* **M5** A page that never comes is zero.  A main block of which nothing comes is an error: its pages went another way.
+* **M5** A page that never comes is zero (an unplugged part of a virtio-mem).  A stream without any page of a main
+  block is an error: the pages went another way.
 * **M6** A raw image is complete or absent, and believed only on the boot that wrote it (``image``).
 * **M7** A stream that ends early is an error, never a checkpoint; so is one with anything behind its end.
 
-Crash windows.  Until the driver writes the manifest nothing here counts: images in the store are garbage, raw images have
-no name until they are whole.  Killed before a raw image is named: it is gone.  Killed between the name and its note:
-the image is not believed, and replaced by the next writer.  Power lost after the note: another boot, not believed.
+Crash windows.  Until the driver writes the manifest nothing here counts: images in the store are garbage, raw images
+have no name until they are whole.  Killed before a raw image is named: it is gone.  Killed between the name and its
+note: the image is not believed, and replaced by the next writer.  Power lost after the note: another boot, not
+believed.
 
 Why the lean stream works.  QEMU loads into each block what the stream has for it and leaves the rest as it is.  A block
 made by ``memory-backend-file,share=off`` over a raw image has the right contents already; the kernel reads a page

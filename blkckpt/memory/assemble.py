@@ -170,13 +170,12 @@ class Assembler:
             target.zeros(first, count)
 
     def check(self) -> None:
-        """The stream has ended: a main block of which nothing came is an error."""
-        for block in self.main:
-            if block.empty:
-                raise errors.ProtocolError(
-                    f"memory stream: it has no page of RAM block {block.info.name!r}; capabilities 'multifd', "
-                    "'postcopy-ram' and 'x-ignore-shared' must be off"
-                )
+        """The stream has ended: one without any page of a main block is an error (rule M5)."""
+        if self.main and all(block.empty for block in self.main):
+            raise errors.ProtocolError(
+                f"memory stream: it has no page of RAM block {self.main[0].info.name!r}; capabilities 'multifd', "
+                "'postcopy-ram' and 'x-ignore-shared' must be off"
+            )
 
     def small(self) -> Mapping[str, memoryview]:
         """The contents of the small blocks."""
