@@ -26,7 +26,7 @@ MAX_SOCKET_PATH = 107
 """``sun_path`` has 108 bytes, one of them for the final NUL."""
 CONNECT_SECONDS = 10.0
 CALL_SECONDS = 60.0
-"""Longest that a verb may take that only changes state: ``prepare`` and ``arm`` flush, which a slow disk makes long."""
+"""Longest that a verb may take that only changes state; ``prepare`` writes and syncs a few small files."""
 MARGIN_SECONDS = 10.0
 """How much longer than the wait it asked for a client waits for the answer."""
 
@@ -101,7 +101,7 @@ class Client:
 
     def arm(self, qmp: int, deadline: float) -> None:
         """Watch the QMP socket *qmp* (a descriptor; it is duplicated) for at most *deadline* seconds."""
-        self.call("arm", messages.Arm(deadline).encode(), descriptors=[qmp])
+        self.call("arm", messages.Arm(deadline).encode(), descriptors=[qmp], timeout=messages.FLUSH_SECONDS)
 
     def switch(self, mode: str = messages.SWITCH_NOW) -> messages.Switched:
         """Step 810, or whether the barrier has passed (mode ``barrier``)."""

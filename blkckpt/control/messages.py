@@ -25,6 +25,8 @@ MAX_WAIT = 30.0
 """Seconds that ``wait`` may hold its answer back: well below the lease, so a waiting driver keeps it."""
 MAX_DEADLINE = 600.0
 """Seconds a group may stay armed."""
+FLUSH_SECONDS = 600.0
+"""How long ``arm`` may flush: all that the page cache holds of the layers, to a slow disk."""
 MAX_TEXT = 4096
 MAX_ID = 64
 MAX_DISKS = 1024

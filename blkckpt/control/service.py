@@ -5,7 +5,8 @@ Translation only: parameters to calls, results to messages.  The states are the 
 
 * The connection whose ``prepare`` succeeded is the driver.  ``arm``, ``switch``, ``disarm``, ``copy`` and
   ``commit`` are for it alone; ``abort`` is for anybody of the same user (a stuck agent must be removable).
-* Every message of the driver renews the lease for ``LEASE_SECONDS``; the group counts the time.
+* Every message of the driver renews the lease for ``LEASE_SECONDS``; the group counts the time.  ``arm`` flushes,
+  which may take long, and keeps the lease until it has answered.
 * When the driver's connection ends, for whatever reason, ``abort`` is called at once (rule D7).  The group
   does not undo a commit that has begun: then it just goes on.
 * A server that stops takes nothing back.  What was under way is decided by the next one that opens the group.
@@ -150,10 +151,13 @@ class Service:
         watch = _barrier_of(descriptors[0])
         try:
             self._check_driver(session)
+            self._group.renew(messages.FLUSH_SECONDS)  # it waits for us now: its silence means nothing
             self._group.arm(watch, time.monotonic() + params.deadline)
         except BaseException:
             watch.close()
             raise
+        finally:
+            self.heard(session)
         self._drop_barrier(watch)
         return messages.Empty()
 

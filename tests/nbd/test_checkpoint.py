@@ -6,6 +6,7 @@ import errno
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ from tests.nbd.conftest import MIB, SIZES
 from tests.support import referee, server
 
 Refereed = tuple[server.Stand, referee.Referee]
+
+
+@pytest.fixture
+def qmp() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
 
 
 def fill(handle: Any, size: int, seed: int) -> bytes:
@@ -168,6 +176,26 @@ def test_a_silent_driver_loses_its_lease(stand: server.Stand, monkeypatch: pytes
     assert service.LEASE_SECONDS == 60
 
 
+def test_a_long_flush_costs_no_lease(
+    tmp_path: Path, qmp: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that waits for the answer to ``arm`` is silent because of us."""
+    monkeypatch.setenv("BLKCKPT_TEST_LEASE", "0.5")
+    with (
+        server.refereed(tmp_path, SIZES, "tests.support.short_lease") as (stand, judge),
+        stand.disk() as a,
+        stand.control() as peer,
+    ):
+        fill(a, SIZES["vda"], 1)
+        peer.prepare("x")
+        with judge.hold(lambda seen: seen.kind == "sync") as held:
+            threading.Timer(2.0, held.released.set).start()
+            peer.arm(qmp[0].fileno(), 60)
+            assert held.arrived.is_set()
+        assert peer.status()["state"] == "armed"
+        stand.wait_for_rest()  # and then the lease runs again: wait_for_rest asks on another connection
+
+
 def test_a_driver_that_vanishes_after_commit_changes_nothing(refereed: Refereed) -> None:
     """D7: a commit that has begun goes on."""
     stand, judge = refereed
@@ -253,13 +281,6 @@ EVENTS = [
     b'{"event": "STOP"}\r\n',
 ]
 RESUME = b'{"event": "RESUME"}\r\n'
-
-
-@pytest.fixture
-def qmp() -> Any:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        yield ours, theirs
 
 
 def test_writes_before_resume_belong_to_the_checkpoint(stand: server.Stand, qmp: Any) -> None:

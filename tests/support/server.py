@@ -205,6 +205,9 @@ def refereed(
     """A started server whose every file operation can be held or failed."""
     path = root / "referee.sock"
     os.environ[referee.VARIABLE] = str(path)
-    with referee.Referee(path) as judge, Stand(root, sizes, hook=hook) as stand:
-        stand.start()
-        yield stand, judge
+    try:
+        with referee.Referee(path) as judge, Stand(root, sizes, hook=hook) as stand:
+            stand.start()
+            yield stand, judge
+    finally:
+        del os.environ[referee.VARIABLE]
