@@ -151,7 +151,12 @@ class LiveMap(blockmap.BlockMap):
         return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Give up the file; the bits stay readable for whoever still holds the object."""
+        """Give up the file; the bits stay readable for whoever still holds the object, and go with the last of them.
+
+        ``back`` refers to this object: kept, that cycle would hold the mapping (32 MiB for a TiB) until some later
+        garbage collection.
+        """
+        self._back = _no_more
         descriptor, self.fd = self.fd, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -159,6 +164,10 @@ class LiveMap(blockmap.BlockMap):
     def remove(self) -> None:
         self.close()
         self.path.unlink(missing_ok=True)
+
+
+def _no_more(_page: int) -> None:
+    raise OSError(errno.EBADF, "the live map is closed")
 
 
 def _backed_pages(descriptor: int, size: int) -> bytearray:

@@ -188,7 +188,7 @@ def wait_for_rest(opened: group.DiskGroup) -> None:
 def test_d2_d3_d8_hold_after_any_power_cut(place: Place, seed: int, full: bool) -> None:
     """D2, D3, D8."""
     life = Life(place, seed)
-    count = 2000 if full else 90
+    count = 2000 if full else 200
     problems = life.failures(life.events, count, seed)
     assert not problems, "\n".join(problems)
 
