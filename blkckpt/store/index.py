@@ -16,6 +16,7 @@ takes 0.1 s.
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import threading
 import zlib
@@ -169,6 +170,8 @@ class ChunkIndex:
         return self._database
 
     def _open(self, path: Path) -> sqlite3.Connection:
+        # made here, so that SQLite gives its side files the mode 0600 too
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         database = sqlite3.connect(path, timeout=30, check_same_thread=False)
         try:
             database.execute("PRAGMA journal_mode = WAL")
@@ -182,7 +185,6 @@ class ChunkIndex:
         except BaseException:
             database.close()
             raise
-        path.chmod(0o600)
         return database
 
     def _discard(self, error: sqlite3.DatabaseError) -> None:

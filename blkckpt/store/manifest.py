@@ -133,28 +133,31 @@ def seal(fields: Mapping[str, Any]) -> bytes:
     return _canonical({**fields, "checksum": f"sha256:{digest}"}) + b"\n"
 
 
-def decode(data: bytes, what: str) -> Manifest:
-    """Parse a manifest file; raises CorruptError naming *what* and the field."""
+def unseal(data: bytes, what: str) -> dict[str, Any]:
+    """The fields of a sealed file: an object of a version that is known, whole and in canonical form."""
     if len(data) > MAX_SIZE:
         raise errors.CorruptError(f"{what} is longer than {MAX_SIZE} bytes")
     try:
-        parsed = json.loads(data)
+        fields = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise errors.CorruptError(f"{what} is not JSON: it is torn or not a manifest") from error
-    if not isinstance(parsed, dict):
-        raise errors.CorruptError(f"{what} is not a JSON object")
-    reader = _Reader(parsed, what)
+        raise errors.CorruptError(f"{what} is not JSON: it is torn or foreign") from error
+    reader = _Reader(fields, what)
     version = reader.integer("version", 1, 1 << 30)
     if version > VERSION or reader.items("requires", _string(64)):
         raise errors.CorruptError(f"{what} was written by a newer blkckpt (version {version}); upgrade blkckpt")
-    checksum = parsed.pop("checksum", None)
+    checksum = fields.pop("checksum", None)
     try:
-        expected = f"sha256:{hashlib.sha256(_canonical(parsed)).hexdigest()}"
+        whole = checksum is not None and data == seal(fields)
     except (ValueError, RecursionError) as error:
-        raise errors.CorruptError(f"{what} holds values that no manifest has") from error
-    if checksum != expected or data != _canonical({**parsed, "checksum": checksum}) + b"\n":
+        raise errors.CorruptError(f"{what} holds values that it cannot have") from error
+    if not whole:
         raise errors.CorruptError(f"{what}: its checksum is wrong")
-    return _manifest(reader)
+    return dict(fields)
+
+
+def decode(data: bytes, what: str) -> Manifest:
+    """Parse a manifest file; raises CorruptError naming *what* and the field."""
+    return _manifest(_Reader(unseal(data, what), what))
 
 
 def _canonical(fields: Mapping[str, Any]) -> bytes:

@@ -1,19 +1,16 @@
 """Pins: images that are in use though no manifest may name them.
 
 A disk that was restored from a checkpoint and is not yet filled reads from the checkpoint's images; if the user
-removes the checkpoint meanwhile, the images must stay.  ``pins/OWNER.json`` is a JSON object: ``version`` (1),
-``owner``, ``images`` (list of image ids).  A pin is a root of the collection, as a manifest is.
+removes the checkpoint meanwhile, the images must stay.  A pin is a root of the collection, as a manifest is.
+
+``pins/OWNER.json`` is sealed as a manifest is (:mod:`blkckpt.store.manifest`): ``version`` (1), ``requires``,
+``owner``, ``images`` (list of image ids), ``checksum``.
 """
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 from blkckpt import errors, units
-from blkckpt.store import backend, layout
-
-_LIMIT = 1 << 20
+from blkckpt.store import backend, layout, manifest
 
 
 def key(owner: str) -> str:
@@ -21,16 +18,18 @@ def key(owner: str) -> str:
 
 
 def encode(owner: str, images: list[str]) -> bytes:
-    return json.dumps({"version": layout.VERSION, "owner": owner, "images": images}).encode() + b"\n"
+    return manifest.seal({"version": manifest.VERSION, "requires": [], "owner": owner, "images": images})
 
 
-def decode(data: bytes, what: str) -> list[str]:
-    """The images of a pin; CorruptError naming *what*."""
+def decode(data: bytes, owner: str) -> list[str]:
+    """The images that *owner* has pinned; CorruptError naming the pin."""
+    what = f"pin {owner}"
+    fields = manifest.unseal(data, what)
     try:
-        fields: dict[str, Any] = json.loads(data)
-        layout.check_version(what, int(fields["version"]), 0)
+        if fields["owner"] != owner:
+            raise errors.CorruptError(f"{what} is that of {fields['owner']!r:.80}")
         return [layout.check_id(image) for image in fields["images"]]
-    except (errors.InputError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (errors.InputError, TypeError, KeyError) as error:
         raise errors.CorruptError(f"{what} is damaged; remove it if its disk is gone") from error
 
 
@@ -38,12 +37,11 @@ def load(where: backend.Backend) -> dict[str, list[str]]:
     """Every pin: owner → images."""
     found = {}
     for name, size in where.list("pins"):
-        what = f"pin {name}"
-        if size > _LIMIT:
-            raise errors.CorruptError(f"{what} is too long")
         owner = name.removeprefix("pins/").removesuffix(".json")
+        if size > manifest.MAX_SIZE:
+            raise errors.CorruptError(f"pin {owner} is too long")
         try:
-            found[owner] = decode(where.get(name, 0, size), what)
+            found[owner] = decode(where.get(name, 0, size), owner)
         except errors.NotFoundError:
             continue
     return found
