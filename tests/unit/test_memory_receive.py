@@ -13,12 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from blkckpt import errors
-from blkckpt.memory import assemble, generate, image, intake, receive, skeleton
+from blkckpt.memory import assemble, feed, generate, image, intake, receive, skeleton, stream
 from blkckpt.store import store
 from tests.support import ramstream as rs
 
@@ -285,6 +285,60 @@ def test_full_disk_is_said_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         intake.Receiver(reader, sink, intake.Cancel()).run(lambda *_: None)
     sink.close()
     os.close(reader)
+
+
+class StuckStore:
+    """A store whose writers take nothing until they are let go."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.written: dict[int, bytes] = {}
+
+    def image_writer(self, *_: object, **__: object) -> StuckStore:
+        return self
+
+    def write(self, offset: int, data: bytes) -> None:
+        assert self.go.wait(DEADLINE)
+        self.written[offset] = data
+
+
+def test_m1_a_stuck_store_does_not_stop_the_stream(tmp_path: Path) -> None:
+    records = [(0, n, bytes([1 + n % 250]) * PAGE) for n in range(4000)]
+    data = rs.whole(BLOCKS, records)
+    reader, writer = os.pipe()
+    stuck, cancel, sink = StuckStore(), intake.Cancel(), assemble.Assembler(tmp_path)
+    feeder = feed.Feeder(cast(store.Store, stuck), "vm@c", {}, cancel)
+    feeding = threading.Thread(target=feeder.run)
+    feeding.start()
+
+    def send() -> None:
+        with open(writer, "wb") as file:
+            file.write(data)
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    parts = intake.Receiver(reader, sink, cancel).run(feeder.add)
+    assert (parts.pages, stuck.written) == (4000, {})  # everything is here, nothing has been stored
+    stuck.go.set()
+    feeder.close()
+    feeding.join(DEADLINE)
+    sending.join(DEADLINE)
+    assert b"".join(stuck.written[at] for at in sorted(stuck.written)) == bytes(
+        rs.memory(BLOCKS, records)[0][: 4000 * PAGE]
+    )
+    sink.close()
+    os.close(reader)
+
+
+def test_m5_an_unplugged_block_may_have_no_page(tmp_path: Path) -> None:
+    blocks = [("pc.ram", RAM_PAGES * PAGE), ("vmem0", RAM_PAGES * PAGE)]
+    sink = assemble.Assembler(tmp_path)
+    parser = stream.Parser(sink)
+    data = rs.whole(blocks, [(0, 5, b"x" * PAGE)])
+    assert parser.feed(memoryview(data)) == len(data)
+    parser.finish()
+    sink.check()
+    sink.close()
 
 
 def test_progress_is_rare_and_ends_with_all(child: Callable[..., Child]) -> None:
