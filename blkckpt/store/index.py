@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +28,7 @@ from blkckpt import durable, log
 from blkckpt.store import layout
 
 _BATCH = 128
+_RECORD = struct.Struct("<32sQII")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (store BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS packs (pack BLOB PRIMARY KEY, size INTEGER NOT NULL) WITHOUT ROWID;
@@ -123,7 +125,7 @@ class ChunkIndex:
         marks = ",".join("?" * len(hashes))
         query = f"SELECT hash, pack, place, stored, raw, crc FROM chunks WHERE hash IN ({marks})"  # noqa: S608
         for digest, pack_blob, place, stored, raw, crc in self._connect().execute(query, hashes):
-            if crc != _crc(digest, pack_blob, place, stored, raw):
+            if crc != _crc(digest, pack_blob, place, stored, raw) or crc < 0:
                 continue
             pack = int.from_bytes(pack_blob, "big")
             if 0 < stored <= raw <= layout.CHUNK and place + stored <= self._size(pack):
@@ -155,10 +157,10 @@ class ChunkIndex:
 
     def _insert(self, database: sqlite3.Connection, pack: int, size: int, records: layout.Array) -> None:
         blob = _blob(pack)
-        rows = [
+        rows = sorted(
             (digest, blob, place, stored, raw, _crc(digest, blob, place, stored, raw))
-            for digest, place, stored, raw in sorted(map(_row, range(len(records)), [records.tobytes()] * len(records)))
-        ]
+            for digest, place, stored, raw in _RECORD.iter_unpack(records.tobytes())
+        )
         with database:
             database.executemany("INSERT OR IGNORE INTO chunks VALUES (?,?,?,?,?,?)", rows)
             database.execute("INSERT OR REPLACE INTO packs VALUES (?,?)", (blob, size))
@@ -210,19 +212,12 @@ class ChunkIndex:
                 _remove_database(path)
 
 
-def _row(number: int, data: bytes) -> tuple[bytes, int, int, int]:
-    start = number * layout.RECORD_TYPE.itemsize
-    numbers = data[start + 32 : start + 48]
-    return (
-        data[start : start + 32],
-        int.from_bytes(numbers[:8], "little"),
-        int.from_bytes(numbers[8:12], "little"),
-        int.from_bytes(numbers[12:], "little"),
-    )
-
-
 def _crc(digest: bytes, pack: bytes, place: int, stored: int, raw: int) -> int:
-    return zlib.crc32(b"%b%b%d,%d,%d" % (digest, pack, place, stored, raw))
+    """The checksum of a row; -1, which none has, for a row that cannot be."""
+    try:
+        return zlib.crc32(_RECORD.pack(digest, place, stored, raw), zlib.crc32(pack))
+    except (struct.error, TypeError):
+        return -1
 
 
 def _blob(pack: int) -> bytes:

@@ -181,6 +181,7 @@ class ImageWriter:
         self._finished(None)
 
     def _finished(self, image: str | None) -> None:
+        self._table.close()
         done, self._done = self._done, _nothing
         done(image)
 

@@ -169,6 +169,9 @@ def test_lying_index_rows_are_not_believed(target: store.Store) -> None:
     info = put(target, data)
     assert info.new_chunks == 2
     assert whole(target, info.image) == data
+    with database:
+        database.execute("UPDATE chunks SET place = -5, pack = 7, crc = -1")
+    assert put(target, data).new_chunks == 2
     target.index.rebuild(lambda pack: target.packs.index(pack))
     for pack, _ in list(target.packs.ids()):
         target.packs.delete(pack)
@@ -349,6 +352,26 @@ def test_memory_of_a_writer_is_bounded(target: store.Store, monkeypatch: pytest.
 def test_the_zero_test(data: bytes, padding: int) -> None:
     assert codec.is_zero(bytes(padding) + data) == (not any(data))
     assert codec.is_zero(memoryview(bytes(len(data))))
+
+
+def test_a_scattered_image_holds_few_leaves(target: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves beyond the limit wait in a file and come back, with a parent and without."""
+    monkeypatch.setattr(leaves, "MAX_HELD", 3)
+    size = 20 * layout.LEAF * CHUNK
+    chance = random.Random(5)
+    model: dict[int, bytes] = {}
+    parent = None
+    for _ in range(2):
+        numbers = chance.sample(range(layout.chunk_count(size)), 120)
+        with target.image_writer(size, parent=parent) as out:
+            for number in numbers:
+                model[number] = chance.randbytes(100) * 656
+                model[number] = model[number][:CHUNK]
+                out.write(number * CHUNK, model[number])
+            parent = out.finish().image
+        reader = target.image(parent)
+        assert all(reader.chunk(number) == data for number, data in model.items())
+        assert sum(n for _, n, zero in reader.extents(0, size) if not zero) == len(model) * CHUNK
 
 
 def test_leaves_complete_once_every_chunk_is_set() -> None:
