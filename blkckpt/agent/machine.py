@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -290,7 +291,10 @@ class Machine:
 
 
 def command_line(pid: int) -> tuple[str, ...]:
-    """The command line of process *pid*, its program and files as paths if the kernel tells where it was started."""
+    """The command line of process *pid*, such that it means the same in any working directory.
+
+    The program is the one that runs: as it was called if that finds it, else by its path.
+    """
     try:
         raw = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError as error:
@@ -300,6 +304,7 @@ def command_line(pid: int) -> tuple[str, ...]:
         raise errors.HypervisorError(f"process {pid} at the other end of the QMP socket has no command line")
     with contextlib.suppress(OSError):
         program = os.readlink(f"/proc/{pid}/exe")  # noqa: PTH115  (a path as a string)
-        words[0] = program if Path(program).exists() else words[0]
+        if os.path.realpath(shutil.which(words[0]) or "") != program and Path(program).exists():
+            words[0] = program
         return commandline.absolute(words, os.readlink(f"/proc/{pid}/cwd"))  # noqa: PTH115
     return tuple(words)
