@@ -13,7 +13,6 @@ block (rule D2).
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import os
@@ -44,20 +43,28 @@ class LiveMap(blockmap.BlockMap):
         self._durable: DurableMap | None = None
 
     @classmethod
-    def create(cls, path: Path, layer: str, size: int, boot: str) -> LiveMap:
-        """A new empty map.  It appears under its name only when it is whole."""
+    def create(cls, path: Path, layer: str, size: int, boot: str, pages: Pages | None = None) -> LiveMap:
+        """A new map holding *pages*.
+
+        It appears under its name only when it is whole: a server that is killed while it opens its layers must not
+        leave a map that the next one takes for the truth.
+        """
         temporary = path.with_name(f".new-{layer}")
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        pages = blockmap.byte_count(blocks.count(size)) >> blockmap.PAGE_SHIFT
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        temporary.unlink(missing_ok=True)
+        count = blockmap.byte_count(blocks.count(size)) >> blockmap.PAGE_SHIFT
+        descriptor = -1
         try:
-            os.ftruncate(descriptor, formats.HEADER + (pages << blockmap.PAGE_SHIFT))
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            os.ftruncate(descriptor, formats.HEADER + (count << blockmap.PAGE_SHIFT))
             os.pwrite(descriptor, formats.encode_live_header(layer, size, boot), 0)
+            self = cls(path, descriptor, size, bytearray(count))
+            for page, bits in (pages or {}).items():
+                self.write_bytes(page * formats.SLOT_BYTES, bits)
             durable.publish(temporary, path)
-            return cls(path, descriptor, size, bytearray(pages))
+            return self
         except OSError as error:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
             temporary.unlink(missing_ok=True)
             raise errors.from_os_error(error, f"creating the live map {path}") from error
 
@@ -136,11 +143,6 @@ class LiveMap(blockmap.BlockMap):
         """The durable pages whose bits here are not those of *pages* (absent: clear)."""
         mine, clear = self.all_pages(), bytes(formats.SLOT_BYTES)
         return {page for page in mine.keys() | pages.keys() if mine.get(page, clear) != pages.get(page, clear)}
-
-    def load_pages(self, pages: Pages) -> None:
-        """Set a new map to what a durable one holds."""
-        for page, bits in pages.items():
-            self.write_bytes(page * formats.SLOT_BYTES, bits)
 
     def _allocate(self, page: int) -> None:
         """Back 4096 bytes of the mapping, so that touching them cannot be a SIGBUS on a full tmpfs."""

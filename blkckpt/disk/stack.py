@@ -108,13 +108,7 @@ def _open_mapped(
 
 
 def _live_from(place: Place, layer_id: str, pages: maps.Pages) -> maps.LiveMap:
-    bits = maps.LiveMap.create(place.live(layer_id), layer_id, place.size, place.boot)
-    try:
-        bits.load_pages(pages)
-    except OSError as error:
-        bits.remove()
-        raise errors.from_os_error(error, f"loading the live map {bits.path}") from error
-    return bits
+    return maps.LiveMap.create(place.live(layer_id), layer_id, place.size, place.boot, pages)
 
 
 def remove_overlay(place: Place, overlay: layer.Overlay) -> None:
@@ -128,31 +122,26 @@ def unlink_overlay(place: Place, layer_id: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def create_fill_map(place: Place, layer_id: str) -> None:
-    """The durable map of a restored disk's file, all clear."""
-    maps.DurableMap.create(place.map(layer_id), layer_id, place.size).close()
+def create_map(path: Path, layer_id: str, size: int) -> None:
+    """A durable map, all clear."""
+    maps.DurableMap.create(path, layer_id, size).close()
 
 
 # ---- changed bits ----
 
 
-def create_changed(place: Place, layer_id: str) -> maps.LiveMap:
-    """A new, empty map of changes."""
-    return maps.LiveMap.create(place.live(layer_id), layer_id, place.size, place.boot)
+def open_changed(place: Place, layer_id: str, *, clean: bool) -> maps.LiveMap | None:
+    """The map of changes that the state names, or ``None`` when what changed is not known (D13).
 
-
-def open_changed(place: Place, state: formats.ChangedState, *, clean: bool) -> tuple[maps.LiveMap, bool]:
-    """The map the state names, and whether it is to be believed (D13).
-
-    It is after a clean stop (the saved pages) or on the same boot (the live map); otherwise it starts empty.
+    It is known after a clean stop (the saved pages) or on the same boot (the live map).
     """
-    if not clean and (live := maps.LiveMap.load(place.live(state.id), state.id, place.size, place.boot)) is not None:
-        return live, True
-    if clean and place.changed(state.id).exists():
-        saved, pages = maps.DurableMap.load(place.changed(state.id), state.id, place.size, clean=True)
-        saved.close()
-        return _live_from(place, state.id, pages), True
-    return maps.LiveMap.create(place.live(state.id), state.id, place.size, place.boot), False
+    if not clean:
+        return maps.LiveMap.load(place.live(layer_id), layer_id, place.size, place.boot)
+    if not place.changed(layer_id).exists():
+        return None
+    saved, pages = maps.DurableMap.load(place.changed(layer_id), layer_id, place.size, clean=True)
+    saved.close()
+    return _live_from(place, layer_id, pages)
 
 
 def save_changed(place: Place, state: formats.ChangedState, bits: maps.LiveMap) -> None:
@@ -197,27 +186,36 @@ def open_view(
 
 
 def _open_changes(place: Place, state: formats.DiskState, *, clean: bool) -> tuple[maps.LiveMap, formats.ChangedState]:
-    bits, trusted = open_changed(place, state.changed, clean=clean)
-    since = state.changed.since
+    """The map of changes to go on with.
+
+    When they are not known it is a new map of a new id, so that a server killed before the state says so does not
+    leave a map that looks known.
+    """
+    bits, claimed = open_changed(place, state.changed.id, clean=clean), state.changed
+    known = bits is not None
     if state.frozen is not None:
-        since = state.frozen.since
-        frozen = maps.LiveMap.load(place.live(state.frozen.id), state.frozen.id, place.size, place.boot)
-        if frozen is None:
-            trusted = False
-        else:
-            bits.absorb(frozen)
+        claimed = dataclasses.replace(claimed, since=state.frozen.since)
+        frozen = open_changed(place, state.frozen.id, clean=clean)
+        known = known and frozen is not None
+        if frozen is not None:
+            if bits is not None:
+                bits.absorb(frozen)
             frozen.close()
-    if since is not None and not trusted:
-        since = None
+    if known and bits is not None:
+        return bits, claimed
+    if bits is not None:
+        bits.close()
+    if claimed.since is not None:
         _log.warning(
             "changed blocks are not known after an unclean stop: the next checkpoint compares the whole disk",
             extra={"fields": {"vm": place.vm.name, "disk": place.disk}},
         )
-    return bits, formats.ChangedState(state.changed.id, since)
+    fresh = formats.ChangedState(new_id())
+    return maps.LiveMap.create(place.live(fresh.id), fresh.id, place.size, place.boot), fresh
 
 
 def sweep(vm: paths.VmPaths, disks: Iterable[formats.DiskState]) -> None:
-    """Remove layer files that none of *disks* names."""
+    """Remove layer files that none of *disks* names, and the changed bits of the clean stop that is over."""
     known: set[str] = set()
     for disk in disks:
         known.update(overlay.id for overlay in disk.overlays)
@@ -227,7 +225,7 @@ def sweep(vm: paths.VmPaths, disks: Iterable[formats.DiskState]) -> None:
         removed = False
         for path in directory.iterdir():
             match = _NAME.fullmatch(path.name)
-            if match and (match[1] or match[2]) not in known:
+            if match and ((match[1] or match[2]) not in known or path.suffix == ".changed"):
                 _log.info("removing a left-over layer file", extra={"fields": {"path": str(path)}})
                 path.unlink()
                 removed = True

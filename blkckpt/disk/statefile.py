@@ -88,7 +88,8 @@ def _new_disk(vm: paths.VmPaths, spec: api.DiskSpec) -> formats.DiskState:
         return formats.DiskState(spec.name, spec.path, spec.size, changed)
     place, fill_id = stack.Place(vm, spec.name, spec.size, ""), stack.new_id()
     fileio.create_base(Path(spec.path), spec.size)
-    stack.create_fill_map(place, fill_id)
+    stack.create_map(place.map(fill_id), fill_id, spec.size)
+    stack.create_map(place.changed(changed.id), changed.id, spec.size)
     since = dataclasses.replace(changed, since=spec.source.image)
     return formats.DiskState(spec.name, spec.path, spec.size, since, source=spec.source, fill=fill_id)
 
