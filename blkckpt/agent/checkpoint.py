@@ -230,7 +230,7 @@ class Checkpoint:
                 self._ask_switch()
             time.sleep(WINDOW_INTERVAL)
         if state is barrier.BarrierState.VIOLATED:
-            raise errors.HypervisorError(f"the instant of the checkpoint was lost: {self.guest.watch.reason}")
+            raise self._lost(self.guest.watch.reason)
         switched = self._ask_switch()
         if not switched.switched:
             raise errors.StateError("the disks did not switch although the guest was resumed")
@@ -239,8 +239,21 @@ class Checkpoint:
     def _ask_switch(self) -> messages.Switched:
         switched = self._control.switch(messages.SWITCH_BARRIER)
         if switched.violation:
-            raise errors.HypervisorError(f"the instant of the checkpoint was lost: {switched.violation}")
+            raise self._lost(switched.violation)
         return switched
+
+    def _lost(self, reason: str) -> errors.BlkckptError:
+        """Why the instant was lost: QEMU's own words if it has some, they come after the event."""
+        with contextlib.suppress(errors.DeadlineError):
+            self.guest.read_again()
+            try:
+                assert self._migrate is not None
+                self._migrate.result(REPLY_SECONDS)
+            except qmp.RefusedError as error:
+                return error
+            if failure := self.guest.failed():
+                return failure
+        return errors.HypervisorError(f"the instant of the checkpoint was lost: {reason}")
 
     def _note_instant(self, switched: messages.Switched) -> None:
         offset = time.time_ns() - time.monotonic_ns()

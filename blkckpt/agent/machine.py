@@ -258,14 +258,9 @@ class Machine:
 
     def cancel(self) -> None:
         """Cancel the migration if it runs, and wait for that; take the descriptor back if it was not used."""
-        if not self._migrating:
-            if self._handed:
-                self._handed = False
-                self.session.execute("closefd", {"fdname": STREAM})
-            return
         deadline = time.monotonic() + CANCEL_SECONDS
         asked = False
-        while self.session.execute("query-migrate").get("status") in ACTIVE:
+        while self._migrating and self.session.execute("query-migrate").get("status") in ACTIVE:
             if not asked:
                 self.session.execute("migrate_cancel")
                 asked = True
@@ -273,8 +268,10 @@ class Machine:
                 raise errors.DeadlineError(f"QEMU did not cancel its migration within {CANCEL_SECONDS:g} s")
             time.sleep(INTERVAL)
         self._migrating = False
-        with contextlib.suppress(qmp.RefusedError):  # QEMU took it when the migration began, or kept it
-            self.session.execute("closefd", {"fdname": STREAM})
+        if self._handed:
+            self._handed = False
+            with contextlib.suppress(qmp.RefusedError):  # a migration that began took it
+                self.session.execute("closefd", {"fdname": STREAM})
 
     # --- times ---
 

@@ -18,8 +18,8 @@ its parsed keys, so text that a guest can influence (a device name, a path) insi
 line                                        effect
 ==========================================  =========================================================
 ``MIGRATION`` ``setup``, ``active``         the next two steps
-``STOP``, ``RESUME``                        the next two steps; out of turn: VIOLATED (a ``stop`` or
-                                            ``cont`` from another monitor, a guest stopped before)
+``STOP``, ``RESUME``                        the next two steps; out of turn: VIOLATED (a ``stop`` from
+                                            another monitor, a guest that was stopped before)
 ``MIGRATION`` anything else                 VIOLATED (``failed``, ``cancelling``)
 reply with ``return``                       ignored: this connection is ours alone, so it answers us
 reply with ``error``                        VIOLATED with QEMU's words (``migrate`` was refused)
@@ -31,6 +31,10 @@ Bounds.  When the queue is full QEMU keeps events back and the sentence above no
 charges each message's bytes plus about 768 bytes against the sender's buffer (212,992 bytes by default); an
 undisturbed window shows five lines of together 600 bytes.  At :data:`MAX_BYTES` or :data:`MAX_LINES`, where less
 than half of the buffer can be charged, the barrier is VIOLATED, long before anything is held back.
+
+What the window cannot show: a ``stop`` and ``cont`` by another monitor between ``active`` and QEMU's own stop looks
+like the real pair.  The real one follows, so whoever reads the events later sees a second RESUME before the
+migration's end and must refuse the checkpoint (:meth:`blkckpt.agent.machine.Machine.check_completed`).
 
 The prefix already judged is compared at every poll: if it changed, somebody read from the socket.
 
