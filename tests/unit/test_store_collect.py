@@ -354,3 +354,30 @@ def test_a_full_disk_leaves_the_store_whole(target: store.Store, monkeypatch: py
             assert check.verify(target).ok
             assert list(target.path.rglob("*.part")) == list(target.path.rglob(".tmp-*")) == []
     assert whole(target, image) == data
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 16 MiB (also a file system of another kind: O_DIRECT may not be there)."""
+    place = tmp_path / "small"
+    place.mkdir(mode=0o700)
+    command = ["mount", "-t", "tmpfs", "-o", "size=16m,mode=0700", "tmpfs", str(place)]
+    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a tmpfs here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_file_system_that_is_really_full(small: Path) -> None:
+    data = os.urandom(8 << 20)
+    with store.Store.init(small / "store") as target:
+        image = checkpoint(target, "one", data)
+        for _ in range(2):
+            with pytest.raises(errors.NoSpaceError):
+                checkpoint(target, "two", os.urandom(12 << 20))
+            target.abandon()
+        assert list((small / "store" / "tmp").iterdir()) == []
+        target.collect()
+        assert whole(target, image) == data
+        assert check.verify(target).ok
+        assert checkpoint(target, "three", data[: 4 << 20]), "what is known needs no room"
