@@ -1,7 +1,7 @@
 """Parsing QEMU's migration stream in bulk (the words are in :mod:`blkckpt.memory.records`).
 
 The parser is fed views of whatever has arrived and says how much it has consumed; it never reads, and keeps nothing
-but the bytes that are not RAM records.  Runs of equal records are recognised with one strided numpy view each, and
+but the bytes that are not RAM records.  Runs of like records are recognised with a few strided numpy views each, and
 come out as *(block, first page, count)*: a record of a page is a page and 8 bytes, one of a zero page 9 bytes, so that
 within a run the headers lie at a fixed stride.  The pages themselves are never touched here.
 
@@ -28,13 +28,11 @@ Every byte that cannot be what it should be raises :class:`errors.ProtocolError`
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from blkckpt import errors
 from blkckpt.memory import records
@@ -51,8 +49,12 @@ MAX_PENDING = (1 << 16) + 512
 _MAX_LIST = records.MAX_BLOCKS * (1 + 255 + 8 + 8) + 8
 _SAME_PAGE = records.PAGE | records.SAME
 _SAME_ZERO = records.ZERO | records.SAME
-_WINDOW = 512
-"""Records examined at once.  2 MiB of pages: more than a feed holds, so a long run is one or two views."""
+_SHORT = 8
+"""Records of a run that are looked at one by one."""
+
+_FIRST_WINDOW = 32
+_WINDOW = 1 << 14
+"""Records looked at in bulk, first and at most: what does not belong to the run has been looked at in vain."""
 
 
 class Sink(Protocol):
@@ -120,6 +122,7 @@ class Parser:
         self._page_size = size
         self._bits = size.bit_length() - 1
         self._mask = size - 1
+        self._steps = np.arange(_WINDOW, dtype=np.uint64) * np.uint64(size)
 
     def feed(self, data: memoryview) -> int:
         """Parse *data* as far as it goes and return how many bytes are done with.
@@ -281,42 +284,81 @@ class Parser:
     # RAM records: the bulk of the stream.
 
     def _in_records(self, data: memoryview, pos: int) -> int:
-        """One run of records (a step that raises ``ShortError`` must not have told the sink anything)."""
-        if len(data) - pos < 9:
-            return pos
+        """All the runs there are, or else one record of another kind.
+
+        (Never both: a step that raises ``ShortError`` must not have told the sink anything.)
+        """
+        done = self._runs(data, pos)
+        if done != pos or len(data) - pos < 9:
+            return done
         flags = records.WORD.unpack_from(data, pos)[0] & self._mask
         if flags == _SAME_PAGE:
-            stride = self._page_size + 8
-            if count := self._run(data, pos, flags, stride):
-                self._pages(data, pos, count)
-            return pos + count * stride
-        if flags == _SAME_ZERO:
-            count = self._run(data, pos, flags, 9)
-            self._zeros(data, pos, count)
-            return pos + count * 9
+            return pos  # not all of it is here
         if flags == records.EOS:
             return self._end_of_records(data, pos)
         return self._named(data, pos, flags)
 
-    def _run(self, data: memoryview, pos: int, flags: int, stride: int) -> int:
-        """How many whole records with *flags* follow each other from *pos* on, *stride* apart (at most a window)."""
-        room = (len(data) - pos) // stride
-        if room < 2 or (int.from_bytes(data[pos + stride + 6 : pos + stride + 8]) & self._mask) != flags:
-            return min(room, 1)
-        window = min(room, _WINDOW if stride > 9 else _WINDOW * 64)
-        low = np.ndarray((window,), ">u2", data, pos + 6, (stride,))
-        same = (low & self._mask) == flags
-        return window if same.all() else int(same.argmin())
+    def _runs(self, data: memoryview, pos: int) -> int:
+        """Tell the sink every whole record of the same block from *pos* on, until one of another kind."""
+        size, mask, end = self._page_size, self._mask, len(data)
+        unpack = records.WORD.unpack_from
+        while end - pos >= 9:
+            word = unpack(data, pos)[0]
+            flags = word & mask
+            if flags == _SAME_PAGE:
+                stride = size + 8
+            elif flags == _SAME_ZERO:
+                stride = 9
+            else:
+                break
+            room = (end - pos) // stride
+            if not room:
+                break
+            first = word >> self._bits
+            self._check(first, 1)
+            count = self._consecutive(data, pos, word, stride, room)
+            self._check(first, count)
+            if stride == 9:
+                self._sink.zeros(self._last, first, count, data[pos + 8])
+                self.zeros += count
+            else:
+                self._sink.pages(self._last, first, count, data, pos + 8, stride)
+                self.pages += count
+            pos += count * stride
+        return pos
 
-    def _numbers_of(self, data: memoryview, pos: int, count: int, stride: int) -> NDArray[np.int64]:
-        """The page numbers of a run, checked against the block."""
+    def _consecutive(self, data: memoryview, pos: int, word: int, stride: int, room: int) -> int:
+        """How many records from *pos* on have the same flags (and fill) and addresses that go up page by page.
+
+        All of that is one comparison with ``word + i * page size``: in Python for the first few (most runs of a busy
+        guest are short, and a numpy call costs as much as ten of these), then in bulk.
+        """
+        unpack = records.WORD.unpack_from
+        step = self._page_size
+        count, at, want = 1, pos + stride, word + step
+        while count < min(room, _SHORT):
+            if unpack(data, at)[0] != want or (stride == 9 and data[at + 8] != data[pos + 8]):
+                return count
+            count, at, want = count + 1, at + stride, want + step
+        window = _FIRST_WINDOW
+        while count < room:
+            number = min(room - count, window)
+            at = pos + count * stride
+            same = np.ndarray((number,), ">u8", data, at, (stride,)) == self._steps[:number] + np.uint64(want)
+            if stride == 9:
+                same &= np.ndarray((number,), np.uint8, data, at + 8, (stride,)) == data[pos + 8]
+            if not same.all():
+                return count + int(same.argmin())
+            count, want = count + number, want + number * step
+            window = min(window * 8, _WINDOW)
+        return count
+
+    def _check(self, first: int, count: int) -> None:
+        """Raise unless a block has been named and *count* pages from *first* on are inside of it."""
         if self._last < 0:
             raise errors.ProtocolError("memory stream: the first RAM record does not name its block")
-        words = np.ndarray((count,), ">u8", data, pos, (stride,)).astype(np.uint64)
-        numbers = words >> np.uint64(self._bits)
-        if int(numbers.max()) >= self._limits[self._last]:
-            self._beyond(int(numbers.max()))
-        return numbers.view(np.int64)
+        if first + count > self._limits[self._last]:
+            self._beyond(max(first, self._limits[self._last]))
 
     def _beyond(self, number: int) -> None:
         assert self._layout is not None
@@ -325,21 +367,6 @@ class Parser:
             f"memory stream: page {number << self._bits:#x} is beyond the end of RAM block {block.name!r}, "
             f"which is {block.size:#x} bytes"
         )
-
-    def _pages(self, data: memoryview, pos: int, count: int) -> None:
-        stride = self._page_size + 8
-        numbers = self._numbers_of(data, pos, count, stride)
-        for start, stop in _consecutive(numbers):
-            self._sink.pages(self._last, int(numbers[start]), stop - start, data, pos + start * stride + 8, stride)
-        self.pages += count
-
-    def _zeros(self, data: memoryview, pos: int, count: int) -> None:
-        numbers = self._numbers_of(data, pos, count, 9)
-        fills = np.ndarray((count,), np.uint8, data, pos + 8, (9,))
-        plain = not fills.any()
-        for start, stop in _consecutive(numbers) if plain else ((i, i + 1) for i in range(count)):
-            self._sink.zeros(self._last, int(numbers[start]), stop - start, int(fills[start]))
-        self.zeros += count
 
     def _named(self, data: memoryview, pos: int, flags: int) -> int:
         """One record that names its block, as the first of each block does."""
@@ -353,8 +380,7 @@ class Parser:
         start = cursor.pos
         content = cursor.take(1) if flags == records.ZERO else cursor.take(self._page_size)
         self._last = self._numbers[name]
-        if number >= self._limits[self._last]:
-            self._beyond(number)
+        self._check(number, 1)
         if flags == records.ZERO:
             self._sink.zeros(self._last, number, 1, content[0])
             self.zeros += 1
@@ -378,15 +404,3 @@ class Parser:
             raise errors.ProtocolError(f"memory stream: more than {MAX_TAIL} bytes of device state")
         self._tail += data[pos:]
         return len(data)
-
-
-def _consecutive(numbers: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Split into runs of consecutive numbers: (start, stop) indices."""
-    count = len(numbers)
-    if count < 2:
-        return [(0, 1)] if count else []
-    breaks = np.flatnonzero(np.diff(numbers) != 1)
-    if not len(breaks):
-        return [(0, count)]
-    edges = [0, *(breaks + 1).tolist(), count]
-    return list(itertools.pairwise(edges))

@@ -153,6 +153,21 @@ MALFORMED = {
         after_list(WORD(8) + rs.name("pc.ram") + page(0) + (WORD((1 << 64) - 4096 | 0x22) + b"\0") * 3),
         "beyond the end",
     ),
+    "beyond, the last words there are": (
+        after_list(
+            WORD(8)
+            + rs.name("pc.ram")
+            + page(0)
+            + b"".join(WORD((1 << 64) - n * 4096 | 0x22) + b"\0" for n in range(20, 0, -1))
+        ),
+        "beyond the end",
+    ),
+    "beyond, from inside": (
+        after_list(
+            WORD(8) + rs.name("pc.ram") + page(0) + b"".join(WORD(n * 4096 | 0x22) + b"\0" for n in range(1, 500))
+        ),
+        "page 0x40000 is beyond the end",
+    ),
     "no block yet": (after_list(WORD(0x28) + page(0)), "does not name its block"),
     "xbzrle": (after_list(WORD(0x60) + bytes(30)), "'xbzrle' must be off"),
     "compress": (after_list(WORD(0x100) + bytes(30)), "'compress' must be off"),
