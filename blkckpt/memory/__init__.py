@@ -47,9 +47,9 @@ made by ``memory-backend-file,share=off`` over a raw image has the right content
 when the guest first touches it, and a write goes to a private copy.  The backend must get the block's own name
 (``id=pc.ram`` and ``x-use-canonical-path-for-ramblock-id=off``).
 
-Speed (2 cores, 2 GiB guest, 190,571 pages and 333,847 zero pages, 785 MB of stream): the parser takes 0.06-0.08 s,
-where a loop over pages took 1.5-3.4 s (0.6 s if pages and zero pages alternated all the way).  Runs of pages are written
-with ``pwritev`` from the receive buffer, 0.24 s (a shared mapping of the file: 0.5-1.0 s, page faults).  Streams are
-written at 1.9 GB/s.  QEMU itself needs 2.1-2.9 s for the same stream into ``cat > /dev/null``: it makes a system call
-for every page.
+Speed (2 cores, 2 GiB guest, 190,571 pages and 333,847 zero pages, 785 MB of stream).  The parser takes 0.06-0.08 s,
+where a loop over pages took 1.5-3.4 s (0.6 s if pages and zero pages alternated all the way).  Runs of pages are
+written with ``pwritev`` from the receive buffer, 0.24 s (a shared mapping of the file: 0.5-1.0 s, page faults).
+Streams are written at 1.9 GB/s.  QEMU itself needs 2.1-2.9 s for the same stream into ``cat > /dev/null``: it makes a
+system call for every page.
 """
