@@ -46,6 +46,8 @@ LEASE_INTERVAL = 5.0
 REPLY_SECONDS = 30.0
 PIPE_BYTES = 1 << 20
 
+STOPPED_NOTE = "the guest was stopped while its memory was saved: QEMU cannot snapshot it in the background"
+
 Progress = Callable[[str, int, int | None], None]
 
 
@@ -115,6 +117,8 @@ class Checkpoint:
                 self.guest.set_up(background=background)
             case plan.Action.MIGRATE:
                 self._start_migration(armed=mode is plan.Mode.BARRIER)
+                if mode is plan.Mode.STOPPED:
+                    self._notes.append(STOPPED_NOTE)
             case plan.Action.CHECK_MIGRATION:
                 self._check_migration(background=background)
             case _:

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 
@@ -160,13 +161,18 @@ class _Runner:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Hold Ctrl-C back while taking back; every action there has a deadline."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Disregard Ctrl-C while taking back: it is being done, and every action there has a deadline.
+
+    Blocking the signal would not do: another thread would take it, and the interpreter would raise it here.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         yield
     finally:
-        with contextlib.suppress(KeyboardInterrupt):  # asked for again meanwhile: it is being done
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
 
 
 def _with_troubles(error: BaseException, troubles: list[str]) -> BaseException:
