@@ -23,8 +23,8 @@ Rules:
 * **A1** No path leaves the guest stopped or frozen without ``cont``, ``thaw`` or a loud recorded state.  Abort rows put
   the guest first; only a guest that *we* stopped is continued; when the agent itself is killed the guard does it.
 * **A2** Every wait has a deadline: fixed for answers, "nothing has moved for five minutes" for work of unknown length.
-* **A3** A checkpoint that failed leaves no manifest, no frozen layer, no growing overlay, no raw memory image, and QEMU's
-  migration settings as they were.
+* **A3** A checkpoint that failed leaves no manifest, no frozen layer, no growing overlay, no raw memory image, and
+  QEMU's migration settings as they were.
 * **A4** One checkpoint of a VM at a time; a second is refused at once.
 
 Write order: disk images and memory images are durable, then the manifest, then the overlays are committed.
@@ -33,10 +33,10 @@ Crash windows (of the agent, or all of it at once):
 
 * Before the manifest: the control connection ends, so the disk server commits the overlays back (D7); the receiver
   sees its standard input end, and goes; QEMU's pipe breaks and the migration fails; if the guest is stopped the guard
-  continues it.  Images without a manifest are garbage in the store.  Old migration settings are not put back: the next
-  checkpoint sets what it needs.
-* Between the manifest and the commit: the checkpoint is whole; the disk server goes back to rest by itself, by commit or
-  abort, which leave the same disk.
+  continues it.  Images without a manifest are garbage in the store.  Old migration settings are not put back; the
+  next checkpoint knows ours when it finds them.
+* Between the manifest and the commit: the checkpoint is whole; the disk server goes back to rest by itself, by commit
+  or abort, which leave the same disk.
 * After the commit: only the last timings and the removal of older raw images may be missing; the next checkpoint does
   the latter.
 """

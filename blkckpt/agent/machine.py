@@ -24,6 +24,8 @@ STREAM = "blkckpt-stream"
 UNLIMITED = 1 << 50
 """Bytes a second: QEMU's default of 128 MiB/s would make a checkpoint of 8 GiB take a minute."""
 
+DEFAULT_BANDWIDTH = 128 << 20
+
 CANCEL_SECONDS = 10.0
 CONTINUE_SECONDS = 10.0
 COMPLETION_SECONDS = 60.0
@@ -117,7 +119,10 @@ class Machine:
         wanted = {"events": True, BACKGROUND: background}
         changes = {name: value for name, value in wanted.items() if now.get(name) != value}
         bandwidth = self.session.execute("query-migrate-parameters").get("max-bandwidth")
-        self._changed = _Changed({name: now.get(name, False) for name in changes}, bandwidth)
+        # What an agent that was killed has left is not what the user had.
+        bandwidth = DEFAULT_BANDWIDTH if bandwidth == UNLIMITED else bandwidth
+        before = {name: now.get(name, False) for name in changes} | {BACKGROUND: False}
+        self._changed = _Changed(before, bandwidth)
         if changes:
             self._set_capabilities(changes)
         self.session.execute("migrate-set-parameters", {"max-bandwidth": UNLIMITED})
@@ -129,8 +134,7 @@ class Machine:
             return
         if changed.bandwidth is not None:
             self.session.execute("migrate-set-parameters", {"max-bandwidth": changed.bandwidth})
-        if changed.capabilities:
-            self._set_capabilities(changed.capabilities)
+        self._set_capabilities(changed.capabilities)
 
     def _capabilities(self) -> dict[str, bool]:
         answer = self.session.execute("query-migrate-capabilities")

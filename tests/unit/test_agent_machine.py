@@ -117,6 +117,14 @@ def test_settings_of_the_user_stay(qemu: Qemu, guest: machine.Machine) -> None:
     assert qemu.capabilities["events"]
 
 
+def test_settings_left_by_a_killed_agent_are_not_the_users(qemu: Qemu, guest: machine.Machine) -> None:
+    qemu.capabilities["background-snapshot"], qemu.bandwidth = True, machine.UNLIMITED
+    guest.set_up(background=True)
+    guest.restore_settings()
+    assert not qemu.capabilities["background-snapshot"]
+    assert qemu.bandwidth == 128 << 20
+
+
 def test_a1_only_a_guest_that_we_stopped_is_continued(qemu: Qemu, guest: machine.Machine) -> None:
     qemu.status = "paused"
     guest.continue_guest()
