@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -46,12 +47,14 @@ operations = st.lists(
 class Disks(stateful.RuleBasedStateMachine):
     """One VM with one disk; ``stage`` is how far the checkpoint under way is."""
 
+    hook: str | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self.root = Path(tempfile.mkdtemp(prefix="blkckpt-model-"))
         self.stack = ExitStack()
         self.stack.callback(shutil.rmtree, self.root)
-        self.stand = self.stack.enter_context(server.Stand(self.root, {"vda": SIZE}))
+        self.stand = self.stack.enter_context(server.Stand(self.root, {"vda": SIZE}, hook=self.hook))
         self.stand.start()
         self.model = bytearray(SIZE)
         self.stage = "rest"
@@ -179,10 +182,36 @@ COMMON = {
 }
 
 
+BATCH = 5
+
+
 @pytest.mark.timeout(3600)
 def test_random_operations(request: pytest.FixtureRequest) -> None:
-    """Some 25 runs of 30 steps in under a minute; with ``--full`` 150 of 60."""
+    """Batches of runs for 35 seconds (some 20 runs of 30 steps on an idle machine), for 10 minutes with ``--full``."""
     full = request.config.getoption("--full")
-    runs, steps = (150, 60) if full else (25, 30)
-    settings = hypothesis.settings(max_examples=runs, stateful_step_count=steps, **COMMON)  # type: ignore[arg-type]
-    stateful.run_state_machine_as_test(Disks, settings=settings)
+    seconds, steps = (600, 60) if full else (35, 30)
+    settings = hypothesis.settings(max_examples=BATCH, stateful_step_count=steps, **COMMON)  # type: ignore[arg-type]
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        stateful.run_state_machine_as_test(Disks, settings=settings)
+
+
+class Broken(Disks):
+    """The same with a server whose zeros do not mask what is below."""
+
+    hook = "tests.support.unmasked_zeros"
+
+    def teardown(self) -> None:
+        self.stack.close()
+
+
+def test_a_defect_is_found() -> None:
+    """Negative control."""
+    settings = hypothesis.settings(
+        max_examples=20,
+        stateful_step_count=40,
+        phases=[hypothesis.Phase.generate],
+        **COMMON,  # type: ignore[arg-type]
+    )
+    with pytest.raises(AssertionError):
+        stateful.run_state_machine_as_test(Broken, settings=settings)
