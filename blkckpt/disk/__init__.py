@@ -15,7 +15,7 @@ States (all disks of a VM together; :mod:`blkckpt.disk.group`)::
     state        writes go to                                   what the driver waits for
     REST         the bottom                                     —
     PREPARED     the layer below the new, empty overlay         (802 done)
-    ARMED        the same; every mutating request first asks    the guest's resume (804–808)
+    ARMED        the same; every mutating request first asks    the guest's resume (804 to 808)
                  whether the guest has been resumed
     SWITCHED     the overlay; all below is frozen (810)         the copy child (830), started once the writes in flight
                                                                 at the switch are done (812)
@@ -45,7 +45,7 @@ Rules
 * **D7** A silent driver loses its lease, and the disks go back to rest; so do disks whose server finds overlays.
 * **D8** Commit: :mod:`blkckpt.disk.commit`.
 * **D9** A failed fsync is final for its file: :meth:`fileio.File.datasync`.  A failed map poisons its data.
-* **D10** Errors carry the true errno.  A write that fails sets no bit; space for the maps is taken before the first bit.
+* **D10** Errors carry the true errno.  A write that fails sets no bit; space for maps is taken before a bit is set.
 * **D11** Zero and trim set bits over holes.  The last block may be short.
 * **D12** One writer per VM; every file says what it is, and one that is torn or foreign is an error with its name.
 * **D13** Changed bits are set before the data and believed only after a clean stop or on the same boot.

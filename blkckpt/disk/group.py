@@ -108,12 +108,13 @@ class DiskGroup:
 
     def start(self) -> None:
         """Start the background work.  Call after nbdkit's fork."""
-        self._started = True
-        threading.Thread(target=self._watch, name="disk-watch", daemon=True).start()
-        if self._state is State.COMMITTING:
-            self._run("commit", self._go_to_rest)
-        else:
-            self._start_fill()
+        with self._control:
+            self._started = True
+            threading.Thread(target=self._watch, name="disk-watch", daemon=True).start()
+            if self._state is State.COMMITTING:
+                self._run("commit", self._go_to_rest)
+            else:
+                self._start_fill()
 
     # ---- 802 to 810 ----
 
@@ -281,6 +282,8 @@ class DiskGroup:
         """From any state back to rest.  A commit that has begun is not undone: its job is returned."""
         with self._control:
             state = self._state
+            if self._closed:
+                raise errors.StateError(f"the disks of VM {self._vm.name} are not served any more")
             if state is State.REST:
                 return jobs.Job("abort").run(lambda running: {})
             if state is State.COMMITTING:
@@ -321,9 +324,9 @@ class DiskGroup:
             while (overlay := item.to_commit()) is not None:
                 self._commit_one(item, overlay, running)
         self._patiently(lambda: self._file.save({}, checkpoint=None), "ending the checkpoint")
+        self._start_fill()  # before REST: whoever prepares next finds it running and stops it
         with self._gate_lock:
             self._state = State.REST
-        self._start_fill()
         return {}
 
     def _commit_one(self, item: member.Member, overlay: layer.Overlay, running: jobs.Job) -> None:
@@ -368,7 +371,7 @@ class DiskGroup:
         with self._gate_lock:
             if self._deadline is not None and now >= self._deadline:
                 self._disarm_locked("the guest was not resumed before the deadline")
-        if self._lease is not None and now >= self._lease:
+        if self._lease is not None and now >= self._lease and not self._stop.is_set():
             self._lease = None
             _log.warning("the driver of the checkpoint went silent: aborting", extra={"fields": {"vm": self._vm.name}})
             self.abort()
@@ -383,6 +386,8 @@ class DiskGroup:
             _log.warning(text, extra={"fields": {"vm": self._vm.name}})
 
     def _require(self, wanted: State, *, doing: str) -> None:
+        if self._closed:
+            raise errors.StateError(f"cannot {doing}: the disks of VM {self._vm.name} are not served any more")
         if self._state is not wanted:
             name = self._file.state.checkpoint
             about = f" (checkpoint {name})" if name else ""
@@ -437,11 +442,11 @@ class DiskGroup:
     def _halt(self) -> None:
         self._stop.set()
         self._wake.set()
-        self._filler.stop()
         for known in list(self._jobs.values()):
             known.cancel()
             if not known.wait(STOP_SECONDS):
                 raise errors.DeadlineError(f"the {known.kind} job did not stop; the next start treats this as a crash")
+        self._filler.stop()
 
     def _settle(self) -> None:
         with self._gate_lock:

@@ -166,6 +166,28 @@ def test_all_disks_switch_at_one_instant(rig: disks.Rig) -> None:
             thread.join(WAIT)
 
 
+def test_no_request_is_admitted_between_the_switch_of_one_disk_and_the_next(
+    rig: disks.Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vda has been switched, vdb has not: a write to vda that was answered now could be followed by one to vdb."""
+    last = rig.group._members["vdb"]
+    switch, answered = last.switch_locked, threading.Event()
+
+    def write() -> None:
+        put(rig, "vda", b"new")
+        answered.set()
+
+    def pause() -> None:
+        threading.Thread(target=write, daemon=True).start()
+        assert not answered.wait(0.1)
+        switch()
+
+    rig.group.prepare("c1")
+    monkeypatch.setattr(last, "switch_locked", pause)
+    rig.group.switch()
+    assert answered.wait(WAIT) and base(rig)[:3] == bytes(3)
+
+
 # ---- order of the procedure ----
 
 
