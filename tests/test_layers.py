@@ -18,12 +18,12 @@ PACKAGE = ROOT / "blkckpt"
 RANKS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"units", "log", "durable"}),
-    frozenset({"paths", "disk.barrier", "disk.api", "disk.blocks", "memory.records", "vm.qemuopts"}),
+    frozenset({"paths", "disk.barrier", "disk.api", "disk.blocks", "memory.records", "vm.qemuopts", "agent.drain"}),
     # Pure: values and bytes, no process, no socket.
     frozenset({
         "disk.blockmap", "disk.format", "control.messages", "control.wire", "store.layout",
         "store.manifest", "agent.plan", "agent.qemuargs", "memory.stream", "memory.skeleton",
-        "vm.definition", "vm.unfinished", "vm.commandline",
+        "vm.definition", "vm.unfinished", "vm.writeprotect", "vm.commandline",
         "vm.barrier",
     }),
     frozenset({"store.backend", "store.codec", "store.index", "store.leaves", "store.lock"}),

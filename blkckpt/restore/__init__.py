@@ -22,9 +22,9 @@ revert    the same VM, its own disks: what differs is written back (:mod:`blkckp
 
 What a restored machine shares with the original, which may still be running: nothing that is written.  The raw image
 is mapped privately, store images are immutable, disks have their own overlays.  But it *is* the same machine to the
-outside: the same MAC addresses and host name, and it does not notice that it was copied (a VMGENID device changes
-only if the command line gives it a new GUID; random number generators continue from the same state).  Put a copy
-on a network of its own, or change its command line with ``print``.
+outside: the same MAC addresses and host name, and random number generators continue from the same state.  A guest
+with a VMGENID device is told that it is a copy (``guid=auto``), any other does not notice.  Put a copy on a network
+of its own, or change its command line.
 
 Rules:
 

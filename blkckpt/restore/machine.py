@@ -1,0 +1,254 @@
+"""A machine goes on from a checkpoint: everything prepared, QEMU started, its memory given to it, ``cont``.
+
+Steps, and who may fail at each (rule R3)::
+
+    prepare   disks, memory images, command line      a failure leaves nothing of the new VM
+    start     supervisor: nbdkit, QEMU with -S        a failure leaves the VM, stopped
+    resume    QMP: migrate-incoming, wait, cont       a failure stops what was started
+
+QEMU is started with ``-incoming defer`` and gets the stream through a pipe that is handed over its QMP socket
+(``getfd``): no file, port or inherited descriptor is needed, and what QEMU says about a stream it does not like comes
+back as an error.  The stream is made while it is sent, by a thread of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shlex
+import threading
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from blkckpt import errors, paths
+from blkckpt.agent import rundir, supervisor
+from blkckpt.restore import disks, ram
+from blkckpt.store import manifest
+from blkckpt.store import store as stores
+from blkckpt.vm import commandline, qmp
+
+LAZY = "lazy"
+EAGER = "eager"
+
+COPY_NOTE = (
+    "to the outside this is the same machine (MAC addresses, host name, state of its random numbers; only a guest with "
+    "a VMGENID device is told): keep it off the original's network, or give it other arguments after --"
+)
+LAZY_NOTE = (
+    "its memory is a private mapping of a file, which QEMU cannot snapshot in the background: "
+    "for checkpoints with a short pause restore it with --mode eager"
+)
+
+RESUME_SECONDS = 600.0
+"""Deadline for QEMU to load the stream: 4 TiB at 7 GB/s; a stalled one is noticed by the pipe long before."""
+
+PIPE_BYTES = 1 << 20
+"""What an unprivileged user may ask for; fewer wake-ups of the two sides than with 64 KiB."""
+
+_FD_NAME = "blkckpt-incoming"
+
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A VM ready to go on; *memory* and *argv* are None for a checkpoint of disks only."""
+
+    vm: paths.VmPaths
+    checkpoint: manifest.Manifest
+    memory: ram.Memory | None = None
+    lazy: Mapping[str, Path] | None = None
+    directory: str | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know."""
+        if self.memory is None or self.checkpoint.machine is None:
+            return ()
+        copy = (COPY_NOTE,) if self.checkpoint.vm != self.vm.name else ()
+        lazy = (LAZY_NOTE,) if self.lazy else ()
+        return (*copy, *lazy, *commandline.review(self.checkpoint.machine.argv))
+
+
+def restore(
+    home: paths.Home,
+    store: stores.Store,
+    checkpoint: manifest.Manifest,
+    name: str,
+    *,
+    mode: str = LAZY,
+    progress: Progress,
+) -> Prepared:
+    """Make VM *name* from *checkpoint*; nothing runs yet."""
+    vm = home.vm(name)
+    with store.hold(), disks.reserved(vm, store, f"{checkpoint.vm}@{checkpoint.name}"):
+        disks.create(vm, store, checkpoint)
+        return prepare_memory(home, vm, store, checkpoint, mode=mode, progress=progress)
+
+
+def prepare_memory(
+    home: paths.Home,
+    vm: paths.VmPaths,
+    store: stores.Store,
+    checkpoint: manifest.Manifest,
+    *,
+    mode: str,
+    progress: Progress,
+) -> Prepared:
+    """The memory of *checkpoint* for *vm*, whose disks are those of the checkpoint already."""
+    if checkpoint.memory is None:
+        return Prepared(vm, checkpoint)
+    if checkpoint.machine is None:
+        raise errors.InputError(f"{checkpoint.vm}@{checkpoint.name} does not say how its machine was started")
+    memory = ram.open_memory(store, checkpoint, home.vm(checkpoint.vm).memory / checkpoint.name)
+    lazy: dict[str, Path] = {}
+    if mode == LAZY:
+        wanted = commandline.mappable(checkpoint.machine.argv, [block.name for block in ram.blocks(memory)])
+        lazy = ram.link_or_make(vm, memory, wanted, progress)
+    return Prepared(vm, checkpoint, memory, lazy)
+
+
+# --- the command line ---
+
+
+def argv(prepared: Prepared, incoming: str, *, paused: bool) -> tuple[str, ...]:
+    """The recorded command line with the sockets, the memory and ``-incoming`` of this VM."""
+    recorded = prepared.checkpoint.machine
+    assert recorded is not None
+    return tuple(
+        commandline.rewrite(
+            recorded.argv,
+            nbd_socket=prepared.vm.nbd_socket,
+            qmp_socket=prepared.vm.qmp_socket,
+            memory=prepared.lazy or {},
+            incoming=incoming,
+            paused=paused,
+            machine_type=recorded.machine_type,
+            name=prepared.vm.name if prepared.vm.name != prepared.checkpoint.vm else None,
+        )
+    )
+
+
+def shell_line(prepared: Prepared, progress: Progress) -> str:
+    """A command for a person's shell; the stream it reads is made now and stays in the VM's ``incoming``."""
+    assert prepared.memory is not None
+    stream = ram.write_stream(prepared.vm, prepared.memory, _names(prepared), progress)
+    words = argv(prepared, "fd:3", paused=False)
+    return f"{shlex.join(words)} 3<{shlex.quote(str(stream))}"
+
+
+def _names(prepared: Prepared) -> Collection[str]:
+    return frozenset(prepared.lazy or ())
+
+
+# --- running it ---
+
+
+def start(prepared: Prepared, progress: Progress) -> rundir.Running:
+    """Run it in the background; returns when the guest goes on."""
+    running = supervisor.start(prepared.vm, _machine(prepared))
+    try:
+        resume(prepared, progress)
+    except BaseException:
+        supervisor.stop(prepared.vm)
+        raise
+    return running
+
+
+def run(prepared: Prepared, progress: Progress, ready: Callable[[rundir.Running], None]) -> int:
+    """Run it in this process until it ends; *ready* is called when the guest goes on."""
+
+    def go_on(running: rundir.Running) -> None:
+        resume(prepared, progress)
+        ready(running)
+
+    return supervisor.run(prepared.vm, _machine(prepared), go_on)
+
+
+def _machine(prepared: Prepared) -> supervisor.Machine | None:
+    if prepared.memory is None:
+        return None
+    return supervisor.Machine(argv(prepared, "defer", paused=True), complete=True)
+
+
+def resume(prepared: Prepared, progress: Progress) -> None:
+    """Give the started QEMU its memory and let the guest go on.  No effect for a checkpoint of disks only."""
+    if prepared.memory is None:
+        return
+    with (
+        _Feeder(prepared.memory, _names(prepared), progress) as feeder,
+        qmp.QmpSession(prepared.vm.qmp_socket) as session,
+    ):
+        session.execute("migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]})
+        session.send_fd(_FD_NAME, feeder.reader)
+        before = session.mark()
+        feeder.start()
+        try:
+            session.execute("migrate-incoming", {"uri": f"fd:{_FD_NAME}"})
+            _wait_loaded(session, before)
+            session.execute("cont")
+        except errors.HypervisorError as error:
+            feeder.check()  # if the stream could not be made, that is the reason
+            raise errors.HypervisorError(f"{error}; what QEMU says is in {prepared.vm.log / 'qemu.log'}") from error
+    ram.remove(prepared.vm)
+
+
+def _wait_loaded(session: qmp.QmpSession, since: int) -> None:
+    ended = session.wait_event(
+        lambda event: event.name == "MIGRATION" and event.data.get("status") in ("completed", "failed"),
+        since=since,
+        timeout=RESUME_SECONDS,
+    )
+    if ended.data["status"] == "failed":
+        raise errors.HypervisorError("QEMU could not load the machine's state")
+
+
+class _Feeder:
+    """Writes the stream into a pipe from a thread of its own; a reader that goes away ends it."""
+
+    def __init__(self, memory: ram.Memory, lazy: Collection[str], progress: Progress) -> None:
+        self._memory, self._lazy, self._progress = memory, lazy, progress
+        self.reader, self._writer = os.pipe2(os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # the limit of unprivileged users; the default works too
+            fcntl.fcntl(self._writer, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        self._thread = threading.Thread(target=self._run, name="incoming", daemon=True)
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> _Feeder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close our reading end: a thread that still writes gets EPIPE once QEMU's is closed too."""
+        self._close_reader()
+        if self._thread.ident is None:
+            os.close(self._writer)
+
+    def start(self) -> None:
+        """To be called when QEMU has a duplicate of the reading end."""
+        self._close_reader()
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what the making of the stream failed with, if it did."""
+        if isinstance(self._error, errors.BlkckptError):
+            raise self._error
+
+    def _close_reader(self) -> None:
+        if self.reader >= 0:
+            os.close(self.reader)
+            self.reader = -1
+
+    def _run(self) -> None:
+        total = sum(block.size for block in self._memory.image.blocks if block.name not in self._lazy)
+        done = 0
+        try:
+            for piece in ram.stream(self._memory, self._lazy):
+                ram.write_all(self._writer, piece)
+                done += len(piece)
+                self._progress("memory", min(done, total), total)
+        except BaseException as error:
+            self._error = error
+        finally:
+            os.close(self._writer)
