@@ -31,6 +31,10 @@ WINDOW_RUNS = 256
 """A window is a set of runs, not a span, so that a sync is shared by scattered blocks without holding off writers of
 what lies between.  More runs than this gain little: the sync is already shared 256 times."""
 
+HOLE_SHARE = 256
+"""A hole costs its window this fraction of its length (a punch and some bits): half a TiB that was trimmed took 16 s
+when holes counted in full."""
+
 COPY_STEP = 1 << 20
 
 Gate = epoch.Gate[chain.View]
@@ -46,7 +50,7 @@ def run(gate: Gate, overlay: layer.Overlay, pace: job.Pace, progress: Callable[[
     done = 0
     scratch = bytearray(min(COPY_STEP, WINDOW_BYTES))
     progress(0, total)
-    for window in windows(overlay):
+    for window in windows(overlay, gate.current.view.size):
         pace.check()
         moved = _move(gate, overlay, window, scratch)
         done += moved
@@ -58,23 +62,29 @@ def run(gate: Gate, overlay: layer.Overlay, pace: job.Pace, progress: Callable[[
     return done
 
 
-def windows(overlay: layer.Overlay) -> Iterator[list[tuple[int, int]]]:
+def windows(overlay: layer.Overlay, size: int) -> Iterator[list[tuple[int, int]]]:
     """Present blocks in ascending order, as lists of runs."""
-    limit = WINDOW_BYTES >> blocks.SHIFT
     window: list[tuple[int, int]] = []
-    room = limit
-    for first, end in overlay.bits.set_runs(0, overlay.bits.blocks):
-        position = first
-        while position < end:
-            stop = min(end, position + room)
-            window.append((position, stop))
-            room -= stop - position
-            position = stop
-            if room == 0 or len(window) == WINDOW_RUNS:
+    room = WINDOW_BYTES
+    for start, length, hole in _present(overlay, size):
+        share = HOLE_SHARE if hole else 1
+        while length:
+            step = min(length, room * share)
+            window.append((start >> blocks.SHIFT, blocks.count(start + step)))
+            start, length = start + step, length - step
+            room -= blocks.count(-(-step // share)) << blocks.SHIFT  # whole blocks, so that steps end at block borders
+            if room <= 0 or len(window) == WINDOW_RUNS:
                 yield window
-                window, room = [], limit
+                window, room = [], WINDOW_BYTES
     if window:
         yield window
+
+
+def _present(overlay: layer.Overlay, size: int) -> Iterator[tuple[int, int, bool]]:
+    """The present blocks as ``(offset, length, is a hole)``, as of now: a guest may fill a hole at any time."""
+    for first, end in overlay.bits.set_runs(0, overlay.bits.blocks):
+        offset, length = blocks.byte_range(first, end, size)
+        yield from blocks.round_segments(overlay.file.segments(offset, length), offset, offset + length)
 
 
 def _move(gate: Gate, overlay: layer.Overlay, window: Sequence[tuple[int, int]], scratch: bytearray) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -463,6 +464,44 @@ def test_d13_a_server_killed_while_it_opens_after_power_loss_leaves_nothing_to_b
     rig.open(start=False)
     assert rig.read("vda")[:4096] == b"2" * 4096
     assert rig.group.status().disks[0].changed_since is None
+
+
+VICTIM = """
+import os, sys
+from blkckpt import paths
+from blkckpt.disk import group
+opened = group.DiskGroup.open(paths.home(sys.argv[1]).vm("vm"), open_image=None)
+opened.start()
+opened.prepare("c1")
+number = 0
+while True:
+    number += 1
+    if number == 50:
+        opened.switch()
+    opened.disks["vda"].pwrite(number.to_bytes(8, "little") * 75, number * 700 % (2 << 20))
+    sys.stdout.write(f"{number}\\n")
+    sys.stdout.flush()
+"""
+
+
+def test_kill_9_of_a_real_server_loses_nothing_that_was_acknowledged(rig: disks.Rig) -> None:
+    rig.group.close()
+    victim = subprocess.Popen([sys.executable, "-c", VICTIM, str(rig.root)], stdout=subprocess.PIPE, text=True)
+    assert victim.stdout is not None
+    for line in victim.stdout:
+        if int(line) >= 700:
+            victim.kill()
+            break
+    acknowledged = max([700, *(int(line) for line in victim.stdout if line.endswith("\n"))])
+    victim.wait()
+    victim.stdout.close()
+    rig.open()
+    for _ in range(2):
+        found = rig.read("vda")
+        for number in range(1, acknowledged + 1):
+            offset = number * 700 % SIZE
+            assert found[offset : offset + 600] == number.to_bytes(8, "little") * 75, number
+        until(lambda: state(rig) is api.State.REST)
 
 
 def test_stacked_overlays_are_committed_the_bottom_most_first(rig: disks.Rig) -> None:

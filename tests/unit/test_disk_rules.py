@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from blkckpt import durable, errors
+from blkckpt import durable, errors, paths
 from blkckpt.disk import api, chain, commit, fileio, group, maps
 from blkckpt.disk import format as formats
 from tests.support import disks
@@ -420,6 +421,23 @@ def test_d8_the_overlay_is_removed_only_after_the_state_forgot_it(
     assert seen[0] is True and not rig.layer_files()
 
 
+def test_d8_windows_are_bounded_in_bytes_and_runs_and_cover_every_block(rig: disks.Rig, disk: Disk) -> None:
+    checkpoint(rig)
+    for block in range(0, 40, 2):
+        disk.write(b"x" * 4096, block * 4096)
+    disk.write(b"y" * 9 * 4096, 41 * 4096)
+    rig.group.disks["vda"].zero(14 * 4096 + 512, 50 * 4096)
+    overlay = rig.group._members["vda"].view.layers[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commit, "WINDOW_BYTES", 3 * 4096)
+        patch.setattr(commit, "WINDOW_RUNS", 2)
+        found = list(commit.windows(overlay, SIZE))
+    flat = [run for window in found for run in window]
+    assert [block for first, end in flat for block in range(first, end)] == [*range(0, 40, 2), *range(41, 65)]
+    assert all(len(window) <= 2 for window in found)
+    assert all(end - first <= 3 for first, end in flat[:-1]) and flat[-1] == (50, 65), "holes cost little"
+
+
 # ---- D9 ----
 
 
@@ -624,6 +642,61 @@ def test_fast_zero_says_no_instead_of_writing(rig: disks.Rig, disk: Disk, monkey
     assert disk.read(8192, 0) == b"x" * 8192
     target.zero(8192, 0)
     assert disk.read(8192, 0) == bytes(8192)
+
+
+@pytest.mark.parametrize("share", [1, 3, 7, 256])
+def test_d8_windows_cut_at_block_borders_whatever_holes_cost(rig: disks.Rig, disk: Disk, share: int) -> None:
+    checkpoint(rig)
+    for turn in range(4):
+        rig.group.disks["vda"].zero(5 * 4096, turn * 13 * 4096)
+        disk.write(b"x" * (7 + turn) * 4096, (turn * 13 + 5) * 4096)
+    overlay = rig.group._members["vda"].view.layers[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commit, "WINDOW_BYTES", 6 * 4096)
+        patch.setattr(commit, "HOLE_SHARE", share)
+        flat = [run for window in commit.windows(overlay, SIZE) for run in window]
+    assert [block for first, end in flat for block in range(first, end)] == [
+        block for first, end in overlay.bits.set_runs(0, 65) for block in range(first, end)
+    ]
+
+
+def test_a_block_device_is_a_base(tmp_path: Path) -> None:
+    file = tmp_path / "device.img"
+    file.write_bytes(b"")
+    os.truncate(file, 8 << 20)
+    found = subprocess.run(["losetup", "-f", "--show", str(file)], capture_output=True, text=True)
+    if found.returncode != 0:
+        pytest.skip(f"no loop device: {found.stderr.strip()}")
+    device = found.stdout.strip()
+    try:
+        vm = paths.home(tmp_path / "home").vm("vm")
+        with pytest.raises(errors.InputError, match="8388608 bytes"):
+            group.DiskGroup.create(vm, "id", [api.DiskSpec("vda", device, (8 << 20) + 1)])
+        group.DiskGroup.create(vm, "id", [api.DiskSpec("vda", device, 8 << 20)])
+        opened = group.DiskGroup.open(vm, open_image=lambda ref: disks.MemoryImage(b""))
+        target = opened.disks["vda"]
+        target.pwrite(b"x" * 100_000, 77)
+        target.trim(50_001, 1000)
+        opened.prepare("c1")
+        opened.switch()
+        target.pwrite(b"y" * 5000, 2000)
+        target.zero(4096, 65_536)
+        target.flush()
+        disks.finish(opened.abort())
+        expected = bytearray(8 << 20)
+        expected[77:100_077] = b"x" * 100_000
+        expected[1000:51_001] = bytes(50_001)
+        expected[2000:7000] = b"y" * 5000
+        expected[65_536:69_632] = bytes(4096)
+        buf = bytearray(8 << 20)
+        target.pread(buf, 0)
+        assert buf == expected and sum(count for _, count, _ in target.extents(8 << 20, 0)) == 8 << 20
+        opened.close()
+        assert Path(device).read_bytes() == expected
+        vm.live.rmdir()
+        vm.live.parent.rmdir()
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
 
 
 # ---- D12 ----
