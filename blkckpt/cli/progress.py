@@ -111,6 +111,8 @@ class Lines(Silent):
         self._lock = threading.Lock()
 
     def update(self, stage: str, done: int, total: int | None) -> None:
+        if not done and not total:
+            return
         now = self._clock()
         with self._lock:
             entry = self._stages.setdefault(stage, _Stage(began=now, base=done, said=now))

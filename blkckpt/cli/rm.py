@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from blkckpt import units
+from blkckpt import errors, units
 from blkckpt.cli import names, output, session, verb
 from blkckpt.store import collect as collection
 from blkckpt.store import store
@@ -45,8 +45,13 @@ def command(ours: session.Session, targets: tuple[names.Target, ...], collect: b
         output.write(f"freed {units.format_size(sum(one.freed_bytes for one in reports))}")
 
 
-def _collect(places: Iterable[store.Store]) -> list[collection.CollectReport]:
-    return [place.collect() for place in places]
+def _collect(places: Iterable[store.Store]) -> list[collection.CollectReport] | None:
+    """Delete what is not needed; not now if a checkpoint is being written (the next removal does it)."""
+    try:
+        return [place.collect() for place in places]
+    except errors.StateError as error:
+        click.echo(f"blkckpt: removed, but its space is not freed yet: {error}", err=True)
+        return None
 
 
 def _keys(reports: Sequence[collection.CollectReport]) -> dict[str, Any]:

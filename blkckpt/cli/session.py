@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +57,11 @@ class Session:
 
     def stores(self, name: str | None = None) -> list[store.Store]:
         """The stores that are there: of VM *name*, or of all VMs and the home."""
-        wanted = [None, *self.home.vm_names()] if name is None else [name]
-        found = dict.fromkeys(self.store_path(one) for one in wanted)
-        return [store.Store.open(path) for path in found if path.exists()]
+        found = [self.store_path(name)]
+        for one in self.home.vm_names() if name is None else ():
+            with contextlib.suppress(errors.CorruptError):  # a damaged VM hides no checkpoint of another
+                found.append(self.store_path(one))
+        return [store.Store.open(path) for path in dict.fromkeys(found) if path.exists()]
 
     def checkpoints(self, name: str | None = None) -> list[Found]:
         """The checkpoints of VM *name*, or all, the oldest first.  CorruptError if one cannot be read."""

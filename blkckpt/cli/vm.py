@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,31 @@ def create(ours: session.Session, name: str, disks: tuple[str, ...], store: Path
 @click.pass_obj
 def list_(ours: session.Session, as_json: bool) -> None:
     """List the VMs that are defined, and whether their disks are being served."""
-    found = [ours.vm(name)[1] for name in ours.home.vm_names()]
+    found, damaged = _read(ours)
     if as_json:
         output.write_json({"vms": [_keys(ours, one) for one in found]})
-        return
+    else:
+        output.write(_overview(ours, found))
+    if damaged:
+        raise errors.CorruptError(f"not listed: {damaged[0]} ({len(damaged)} in all)")
+
+
+def _read(ours: session.Session) -> tuple[list[definition.VmDefinition], list[str]]:
+    """What can be read, and what is wrong with the rest."""
+    found, damaged = [], []
+    for name in ours.home.vm_names():
+        try:
+            found.append(ours.vm(name)[1])
+        except errors.CorruptError as error:
+            damaged.append(str(error))
+    return found, damaged
+
+
+def _overview(ours: session.Session, found: Sequence[definition.VmDefinition]) -> str:
     rows = [
         (one.name, _running(ours, one), len(one.disks), _total(one), output.local_time(one.created_ns)) for one in found
     ]
-    output.write(output.table(("VM", "STATE", "DISKS", "SIZE", "CREATED"), rows, right=("DISKS", "SIZE")))
+    return output.table(("VM", "STATE", "DISKS", "SIZE", "CREATED"), rows, right=("DISKS", "SIZE"))
 
 
 @command.command(

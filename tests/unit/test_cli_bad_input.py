@@ -224,6 +224,32 @@ def test_damaged_manifest_is_named_and_the_rest_is_listed(checkpointed: store.St
     assert run("rm", "web@one", "--yes").exit_code == 0, "what is damaged can be removed by its name"
 
 
+def test_damaged_vm_is_named_and_the_rest_is_listed(
+    home: paths.Home, checkpointed: store.Store, tmp_path: Path
+) -> None:
+    broken = home.vm("broken")
+    paths.private_directory(broken.root)
+    broken.definition.write_text("{")
+    broken.definition.chmod(0o600)
+    result = run("vm", "list")
+    assert result.exit_code == 6
+    assert "web" in result.stdout and "broken" not in result.stdout
+    assert result.stderr.count("\n") == 1 and str(broken.definition) in result.stderr
+    refused(6, "vm", "show", "broken", says=(str(broken.definition),))
+    assert "web@two" in run("list").stdout, "a damaged VM hides no checkpoint of another"
+    assert run("status").exit_code == 0
+
+
+def test_removing_while_a_checkpoint_is_written(checkpointed: store.Store) -> None:
+    """The checkpoint is gone, its space is freed later; that is said and is no failure."""
+    with checkpointed.hold():
+        result = run("rm", "web@one", "--yes", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == {"removed": ["web@one"], "collected": None}
+    assert "not freed yet" in result.stderr and result.stderr.count("\n") == 1
+    assert parsed("rm", "web@two", "--yes", "--json")["collected"]["images"] == 2
+
+
 # --- states ---
 
 

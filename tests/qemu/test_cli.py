@@ -1,0 +1,141 @@
+"""The command line with a real guest: what is refused, what an interrupted verb leaves, what a person reads."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blkckpt import paths
+from blkckpt.control import client
+from blkckpt.vm import qmp
+from tests.support import guest
+
+
+def phase(box: guest.Sandbox) -> str:
+    return str(box.json("status", "v")["vms"][0]["phase"])
+
+
+def names(box: guest.Sandbox) -> list[str]:
+    return [one["name"] for one in box.json("list", "v")["checkpoints"]]
+
+
+def test_a_checkpoint_tells_its_figures(box: guest.Sandbox, writer: guest.Console) -> None:
+    body = box.json("checkpoint", "v", "--name", "told", "--note", "from a test")
+    assert 0 < body["stopped_ms"] < 5000 and body["seconds"] > 0 and body["added_bytes"] > 0
+    assert body["consistency"] == "machine" and body["notes"][0] == "from a test"
+    assert body["machine"]["accelerator"] == "tcg" and body["machine"]["command"][0] == "qemu-system-x86_64"
+    again = box.json("show", "v@told")
+    assert {key: body[key] for key in again} == again
+    assert {"prepare", "prefault", "stopped", "switch", "memory", "copy", "commit"} <= set(again["timings"])
+    assert "qemu-system-x86_64" in box.run("show", "v@told") and "from a test" in box.run("list", "v")
+    text = box.run("checkpoint", "v", "--name", "read")
+    assert text.startswith("v@read: the guest stopped for ") and "added to the store" in text
+    writer.check()
+
+
+def test_checkpoint_of_a_stopped_guest(box: guest.Sandbox, writer: guest.Console) -> None:
+    """Refused, and left as it was: stopped."""
+    before = names(box)
+    monitor(box, "stop")
+    try:
+        said = box.run("checkpoint", "v", code=5)
+        assert said.count("\n") == 1 and "paused" in said and "cont" in said
+        assert monitor(box, "query-status")["status"] == "paused"
+    finally:
+        monitor(box, "cont")
+    assert names(box) == before and phase(box) == "rest"
+    writer.beat()
+
+
+def monitor(box: guest.Sandbox, command: str) -> Any:
+    """One QMP command; QEMU talks to one client at a time, so the connection is given up again."""
+    with qmp.QmpSession(paths.home(box.home).vm("v").qmp_socket) as session:
+        return session.execute(command)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_an_interrupted_checkpoint_leaves_nothing(
+    box: guest.Sandbox, writer: guest.Console, sent: signal.Signals
+) -> None:
+    """Rule C3: taken back, the guest runs on, 130 or 143."""
+    before = names(box)
+    process = box.start("checkpoint", "v", "--name", "never", "--rate", "64K")
+    wait(lambda: phase(box) == "switched")
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + sent, said
+    assert said.count("\n") == 1
+    wait(lambda: phase(box) == "rest")
+    assert names(box) == before
+    assert not box.find("blkckpt.memory.receive") and not box.find("blkckpt.store.ingest")
+    assert not (paths.home(box.home).vm("v").memory / "never").exists()
+    assert writer.sweep() == 0, writer.complaints()
+
+
+def test_a_second_checkpoint_is_refused(box: guest.Sandbox, writer: guest.Console) -> None:
+    process = box.start("checkpoint", "v", "--rate", "64K")
+    wait(lambda: phase(box) == "switched")
+    said = box.run("checkpoint", "v", code=5)
+    assert "already" in said and said.count("\n") == 1
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    wait(lambda: phase(box) == "rest")
+
+
+def test_run_in_the_foreground_is_the_guests_terminal(sandbox: guest.Sandbox) -> None:
+    """The console is ours, QEMU's end is ours, and its exit code too."""
+    sandbox.create("f", {"vda": 8 << 20})
+    words = guest.machine(sandbox.serial.path, "idle", memory=128)
+    words[words.index("-serial") + 1] = "stdio"
+    process = subprocess.Popen(
+        sandbox.command("run", "f", "--", *words),
+        env=sandbox.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        for line in process.stdout:
+            if line.startswith("guest ready"):
+                break
+        process.stdin.write("quit\n")
+        process.stdin.flush()
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, said
+    assert sandbox.json("status", "f")["vms"][0]["state"] == "stopped"
+
+
+def test_the_wrong_monitor(box: guest.Sandbox, writer: guest.Console) -> None:
+    """Another server's socket given as QMP: named, refused, and the disks at rest."""
+    vm = paths.home(box.home).vm("v")
+    said = box.run("checkpoint", "v", "--qmp", vm.control_socket, code=7)
+    assert str(vm.control_socket) in said and said.count("\n") == 1
+    with client.Client.connect(vm.control_socket) as peer:
+        assert peer.status()["state"] == "rest"
+
+
+def wait(test: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not test():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_status_while_it_runs(box: guest.Sandbox, writer: guest.Console) -> None:
+    one = box.json("status", "v")["vms"][0]
+    assert one["state"] == "running" and Path(f"/proc/{one['machine']}").exists()
+    assert Path(one["console"]).is_file() and Path(one["log"]).is_file()
+    assert one["disks"][0]["writes"] > 0
+    assert json.loads(box.run("vm", "show", "v", "--json"))["running"] is True
