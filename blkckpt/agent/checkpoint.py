@@ -96,6 +96,7 @@ class Checkpoint:
         self._prepared = False
         self._guard: guard.Guard | None = None
         self._agent: guestagent.GuestAgent | None = None
+        self._stream: int | None = None
         self._receiver: receiver.Receiver | None = None
         self._received: receiver.Received | None = None
         self._migrate: qmp.Reply | None = None
@@ -121,6 +122,8 @@ class Checkpoint:
                     self._notes.append(STOPPED_NOTE)
             case plan.Action.CHECK_MIGRATION:
                 self._check_migration(background=background)
+            case plan.Action.END_MIGRATION:
+                self.guest.end_migration(self._stream, background=background)
             case _:
                 getattr(self, f"_{action.name.lower()}")()
 
@@ -171,7 +174,7 @@ class Checkpoint:
                 self._guard = guard.Guard(guard.GUEST_AGENT, str(self._options.guest_agent))
                 self._agent = guestagent.GuestAgent(self._options.guest_agent)
             else:
-                self._guard = guard.Guard(guard.QMP, self.guest.session.path)
+                self._guard = guard.Guard(guard.QMP, self.guest.session.path, self._stream)
 
     def _start_receiver(self) -> None:
         job = receiver.Job(
@@ -182,14 +185,14 @@ class Checkpoint:
             self._options.keep_memory > 0,
         )
         with self._timed("prepare"):
-            read, write = os.pipe2(os.O_CLOEXEC)
+            # We keep the read end: a receiver that fails must not break QEMU's stream.
+            self._stream, write = os.pipe2(os.O_CLOEXEC)
             try:
                 with contextlib.suppress(OSError):  # the limit of unprivileged users; the default works too
                     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-                self._receiver = receiver.Receiver(job, read)
+                self._receiver = receiver.Receiver(job, self._stream)
                 self.guest.hand_stream(write)
             finally:
-                os.close(read)
                 os.close(write)
 
     @property
@@ -314,7 +317,8 @@ class Checkpoint:
 
     @property
     def _needs_guard(self) -> bool:
-        return self._frozen or (self._guest is not None and self._guest.may_be_stopped)
+        guest = self._guest
+        return self._frozen or (guest is not None and (guest.may_be_stopped or guest.migrating))
 
     # --- saving ---
 
@@ -439,9 +443,6 @@ class Checkpoint:
 
     # --- taking back ---
 
-    def _cancel_migration(self) -> None:
-        self.guest.cancel()
-
     def _stop_receiver(self) -> None:
         if self._receiver is not None:
             self._receiver.stop()
@@ -473,3 +474,5 @@ class Checkpoint:
             self._agent.close()
         if self._guard is not None:
             self._guard.abandon()
+        if self._stream is not None and not (self._guest and self._guest.migrating):
+            os.close(self._stream)  # else a thread of ours still reads it

@@ -1,16 +1,20 @@
-"""The guard: continues or thaws a guest whose agent was killed between stopping and continuing it (rule A1).
+"""The guard: looks after a guest whose agent was killed in the middle of a checkpoint (rule A1).
 
-``python -m blkckpt.agent.guard (qmp|guest-agent) SOCKET``, started before the guest is touched.  It prints ``ready``
-and waits on its standard input:
+``python -m blkckpt.agent.guard (qmp|guest-agent) SOCKET [FD]``, started before the guest is touched.  It prints
+``ready`` and waits on its standard input:
 
 ==============  =====================================================================================
-``released``    the guest runs again: the guard ends
+``released``    the guest is well: the guard ends
 end of file     the agent is gone.  The guest is continued (or thawed), then the guard ends
 ==============  =====================================================================================
 
 QEMU's monitor and the guest agent talk to one client at a time, so the guard connects only after the agent's death
 has closed the agent's connection.  A guest is continued only when it is paused, as it was when *we* stopped it; a
 background snapshot that is still running resumes it by itself, so that is waited for first.
+
+FD is the read end of the stream's pipe.  Holding it keeps QEMU from seeing a broken stream whichever of us dies, and
+an abandoned stream is read to its end (:mod:`blkckpt.agent.drain` says why).  If the snapshot broke off all the same,
+the write protection it left is taken away (:mod:`blkckpt.vm.writeprotect`).
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ from collections.abc import Callable, Sequence
 from typing import IO
 
 from blkckpt import errors
-from blkckpt.vm import guestagent, qmp
+from blkckpt.agent import drain
+from blkckpt.vm import guestagent, qmp, writeprotect
 
 QMP = "qmp"
 GUEST_AGENT = "guest-agent"
@@ -33,6 +38,7 @@ GUEST_AGENT = "guest-agent"
 READY_TIMEOUT = 20.0
 """Starting an interpreter and importing qemu.qmp takes 0.3 s on an idle machine."""
 RESCUE_SECONDS = 60.0
+"""Without success, and without a byte of an abandoned stream."""
 INTERVAL = 0.2
 
 PAUSED = ("paused", "postmigrate", "finish-migrate")
@@ -43,12 +49,14 @@ RUNNING_MIGRATION = ("setup", "active", "cancelling", "wait-unplug", "pre-switch
 class Guard:
     """The agent's end."""
 
-    def __init__(self, kind: str, path: str) -> None:
-        """Start the process and wait until it stands."""
+    def __init__(self, kind: str, path: str, stream: int | None = None) -> None:
+        """Start the process and wait until it stands; it gets a duplicate of *stream*."""
+        given = [] if stream is None else [stream]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "blkckpt.agent.guard", kind, path],
+            [sys.executable, "-m", "blkckpt.agent.guard", kind, path, *map(str, given)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            pass_fds=given,
             start_new_session=True,  # a Ctrl-C on the terminal is for the agent, not for its guard
         )
         assert self._process.stdout is not None
@@ -57,7 +65,7 @@ class Guard:
             raise errors.BlkckptError("the process that would continue the guest should we die did not start")
 
     def release(self) -> None:
-        """The guest runs; idempotent."""
+        """The guest is well; idempotent."""
         with contextlib.suppress(OSError, ValueError):
             self._process.communicate(b"released\n", timeout=READY_TIMEOUT)
         if self._process.poll() is None:
@@ -71,21 +79,28 @@ class Guard:
             self._process.stdin.close()
 
 
-def rescue(kind: str, path: str, deadline: float) -> bool:
-    """Bring the guest back, trying until *deadline* (monotonic); whether it is known to be well."""
+def rescue(kind: str, path: str, stream: int | None = None, patience: float = RESCUE_SECONDS) -> bool:
+    """Bring the guest back, until nothing has moved for *patience* seconds; whether it is known to be well."""
     attempt: Callable[[str], bool] = _continue if kind == QMP else _thaw
-    while time.monotonic() < deadline:
+    thrown = None if stream is None else drain.Drain(stream)
+    moved, since = 0, time.monotonic()
+    while time.monotonic() - since < patience:
         with contextlib.suppress(errors.BlkckptError):
             if attempt(path):
                 return True
+        if thrown is not None and thrown.moved != moved:
+            moved, since = thrown.moved, time.monotonic()
         time.sleep(INTERVAL)
     return False
 
 
 def _continue(path: str) -> bool:
     with qmp.QmpSession(path) as session:
-        if session.execute("query-migrate").get("status") in RUNNING_MIGRATION:
+        migration = session.execute("query-migrate").get("status")
+        if migration in RUNNING_MIGRATION:
             return False  # it may be about to stop the guest, or to resume it
+        if migration in ("failed", "cancelled"):
+            writeprotect.release(session.peer_pid)
         if session.execute("query-status")["status"] in PAUSED:
             session.execute("cont")
         return True
@@ -101,12 +116,12 @@ def main(arguments: Sequence[str], orders: IO[bytes], answers: IO[bytes]) -> int
     """The guard's process."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # it ends with the agent, or when its work is done
-    kind, path = arguments
+    kind, path, *rest = arguments
     answers.write(b"ready\n")
     answers.flush()
     if orders.readline() == b"released\n":
         return 0
-    return 0 if rescue(kind, path, time.monotonic() + RESCUE_SECONDS) else 1
+    return 0 if rescue(kind, path, int(rest[0]) if rest else None) else 1
 
 
 if __name__ == "__main__":

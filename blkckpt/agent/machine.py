@@ -1,7 +1,7 @@
 """The hypervisor's part of a checkpoint: what QEMU is asked, in words of the plan.
 
 Everything here finds out for itself whether there is anything to do, so that it can stand in an abort row: restoring
-what was not changed, cancelling what does not run, continuing what is not stopped are no errors.
+what was not changed, ending what does not run, continuing what is not stopped are no errors.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from blkckpt import errors
+from blkckpt.agent import drain
 from blkckpt.store import manifest
-from blkckpt.vm import barrier, commandline, qmp
+from blkckpt.vm import barrier, commandline, qmp, writeprotect
 
 BACKGROUND = "background-snapshot"
 STREAM = "blkckpt-stream"
@@ -26,7 +27,8 @@ UNLIMITED = 1 << 50
 
 DEFAULT_BANDWIDTH = 128 << 20
 
-CANCEL_SECONDS = 10.0
+END_SECONDS = 30.0
+"""Without a byte while a migration nobody wants is seen to its end; pre-faulting sends none."""
 CONTINUE_SECONDS = 10.0
 COMPLETION_SECONDS = 60.0
 """From the end of the stream to the MIGRATION event; QEMU joins its thread and closes files in between."""
@@ -239,9 +241,9 @@ class Machine:
             since=self._since,
             timeout=COMPLETION_SECONDS,
         )
-        self._migrating = False
         if ended.data["status"] != "completed":
             raise self.failure(self.session.execute("query-migrate"))
+        self._migrating = False
         if background and len(self._events("RESUME")) > 1:
             # A `cont` between "active" and QEMU's own stop shows a pair of STOP and RESUME before the real one: then
             # the disks switched too early.  It cannot be told from a stop and cont later, so both are refused.
@@ -260,22 +262,42 @@ class Machine:
         migration = self.session.execute("query-migrate")
         return self.failure(migration) if self._migrating and migration.get("status") == "failed" else None
 
-    def cancel(self) -> None:
-        """Cancel the migration if it runs, and wait for that; take the descriptor back if it was not used."""
-        deadline = time.monotonic() + CANCEL_SECONDS
-        asked = False
-        while self._migrating and self.session.execute("query-migrate").get("status") in ACTIVE:
-            if not asked:
-                self.session.execute("migrate_cancel")
-                asked = True
-            if time.monotonic() > deadline:
-                raise errors.DeadlineError(f"QEMU did not cancel its migration within {CANCEL_SECONDS:g} s")
-            time.sleep(INTERVAL)
+    @property
+    def migrating(self) -> bool:
+        """Whether a migration of ours may still run."""
+        return self._migrating
+
+    def end_migration(self, stream: int | None, *, background: bool) -> None:
+        """See the migration to its end, and take the descriptor back if it was not used.
+
+        A background snapshot is let to complete, its *stream* (the pipe's read end) thrown away; it must not be
+        cancelled (:mod:`blkckpt.agent.drain`).  One that broke off all the same has left the guest's memory
+        write-protected, and that is taken away.  A plain migration is cancelled.
+        """
+        if self._migrating:
+            thrown = drain.Drain(stream) if background and stream is not None else None
+            if not background:
+                with contextlib.suppress(qmp.RefusedError):
+                    self.session.execute("migrate_cancel")
+            self._await_end(thrown)
+            if background and self.session.execute("query-migrate").get("status") in ("failed", "cancelled"):
+                writeprotect.release(self.session.peer_pid)
         self._migrating = False
         if self._handed:
             self._handed = False
             with contextlib.suppress(qmp.RefusedError):  # a migration that began took it
                 self.session.execute("closefd", {"fdname": STREAM})
+
+    def _await_end(self, thrown: drain.Drain | None) -> None:
+        moved, since = 0, time.monotonic()
+        while self.session.execute("query-migrate").get("status") in ACTIVE:
+            if thrown is not None and thrown.moved != moved:
+                moved, since = thrown.moved, time.monotonic()
+            if time.monotonic() - since > END_SECONDS:
+                raise errors.DeadlineError(f"QEMU's migration has not moved for {END_SECONDS:g} s")
+            time.sleep(INTERVAL)
+        if thrown is not None:
+            thrown.join(END_SECONDS)
 
     # --- times ---
 

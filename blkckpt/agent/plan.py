@@ -16,9 +16,9 @@ Modes (numbers are the steps of the procedure)::
 Commit point: PUBLISH puts the manifest.  Everything that fails before it is taken back (A3).  After it nothing is:
 the checkpoint is whole, and the disks return to rest by themselves whether or not COMMIT is heard.
 
-Abort rows.  The guest comes first (thaw, continue), then what could still hurt it (the migration, the receiver),
-then the disks, then residue.  Each abort action finds out for itself whether there is anything to do, so a row may
-name more than was reached.
+Abort rows.  The guest comes first: thaw, let the migration end (a background snapshot that breaks off hangs it, see
+:mod:`blkckpt.agent.drain`), continue; then the receiver, the disks, residue.  Each abort action finds out for itself
+whether there is anything to do, so a row may name more than was reached.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Action(enum.Enum):
     """What the runner can do.  The first group changes the world forward, the second takes back."""
 
     PREPARE_DISKS = "make the overlays (802)"
-    START_GUARD = "start the process that continues the guest should we die"
+    START_GUARD = "start the process that looks after the guest should we die"
     START_RECEIVER = "start the memory receiver and hand QEMU the stream's descriptor"
     SET_CAPABILITIES = "set the migration's capabilities and parameters, remembering the old ones"
     PAUSE_READING = "leave the QMP socket unread"
@@ -85,7 +85,7 @@ class Action(enum.Enum):
     SWITCH_NOW = "switch the disks at once (810)"
     AWAIT_RUNNING = "wait until QEMU has resumed the guest, else continue it"
     CONTINUE_GUEST = "continue the guest if it was us who stopped it"
-    RELEASE_GUARD = "tell the guard that the guest runs"
+    RELEASE_GUARD = "tell the guard that the guest needs us no more"
     START_COPY = "start copying the frozen layers (830)"
     AWAIT_MEMORY = "wait for memory and device state (820 to 828)"
     AWAIT_COPY = "wait for the copy"
@@ -94,7 +94,7 @@ class Action(enum.Enum):
     PUBLISH = "put the manifest (832)"
     COMMIT = "commit the overlays (834)"
 
-    CANCEL_MIGRATION = "cancel the migration if it still runs"
+    END_MIGRATION = "let the migration end, or cancel one that can be"
     STOP_RECEIVER = "end the memory receiver"
     ABORT_DISKS = "disarm, commit the overlays back"
     WITHDRAW_MANIFEST = "remove a manifest that was not durably put"
@@ -108,7 +108,7 @@ _A = Action
 
 _UNDO = (
     _A.RESUME_READING,
-    _A.CANCEL_MIGRATION,
+    _A.END_MIGRATION,
     _A.STOP_RECEIVER,
     _A.CONTINUE_GUEST,
     _A.RELEASE_GUARD,
@@ -120,7 +120,7 @@ _UNDO = (
 """The abort row of the modes with a machine."""
 
 _UNDO_STOPPED = (
-    _A.CANCEL_MIGRATION,
+    _A.END_MIGRATION,
     _A.CONTINUE_GUEST,
     *(action for action in _UNDO if action is not _A.CONTINUE_GUEST),
 )
@@ -129,19 +129,26 @@ _UNDO_STOPPED = (
 _UNDO_DISKS = (_A.ABORT_DISKS, _A.WITHDRAW_MANIFEST)
 _UNDO_FROZEN = (_A.THAW, _A.RELEASE_GUARD, *_UNDO_DISKS)
 
-_SET_UP = (_A.START_GUARD, _A.START_RECEIVER, _A.SET_CAPABILITIES)
+_SET_UP = (_A.START_RECEIVER, _A.START_GUARD, _A.SET_CAPABILITIES)
 _TAIL: tuple[Step, ...] = (
     (State.PUBLISHING, (_A.PUBLISH,)),
     (State.COMMITTING, (_A.COMMIT,)),
 )
-_SAVE_MACHINE = (_A.START_COPY, _A.AWAIT_MEMORY, _A.CHECK_MIGRATION, _A.RESTORE_CAPABILITIES, _A.AWAIT_COPY)
+_SAVE_MACHINE = (
+    _A.START_COPY,
+    _A.AWAIT_MEMORY,
+    _A.CHECK_MIGRATION,
+    _A.RELEASE_GUARD,
+    _A.RESTORE_CAPABILITIES,
+    _A.AWAIT_COPY,
+)
 
 _CHAINS: Mapping[Mode, tuple[Step, ...]] = MappingProxyType({
     Mode.BARRIER: (
         (State.PREPARING, (_A.PREPARE_DISKS,)),
         (State.SETTING_UP, _SET_UP),
         (State.ARMING, (_A.PAUSE_READING, _A.ARM)),
-        (State.CROSSING, (_A.MIGRATE, _A.AWAIT_BARRIER, _A.RESUME_READING, _A.CHECK_WINDOW, _A.RELEASE_GUARD)),
+        (State.CROSSING, (_A.MIGRATE, _A.AWAIT_BARRIER, _A.RESUME_READING, _A.CHECK_WINDOW)),
         (State.SAVING, _SAVE_MACHINE),
         *_TAIL,
     ),
@@ -150,7 +157,7 @@ _CHAINS: Mapping[Mode, tuple[Step, ...]] = MappingProxyType({
         (State.SETTING_UP, _SET_UP),
         (State.STOPPING, (_A.STOP_GUEST,)),
         (State.SWITCHING, (_A.SWITCH_NOW,)),
-        (State.RESUMING, (_A.MIGRATE, _A.AWAIT_RUNNING, _A.RELEASE_GUARD)),
+        (State.RESUMING, (_A.MIGRATE, _A.AWAIT_RUNNING)),
         (State.SAVING, _SAVE_MACHINE),
         *_TAIL,
     ),

@@ -153,11 +153,11 @@ def hand(guest: machine.Machine) -> None:
 
 
 def test_cancel_takes_the_descriptor_back(qemu: Qemu, guest: machine.Machine) -> None:
-    guest.cancel()
+    guest.end_migration(None, background=False)
     assert "closefd" not in qemu.commands()
     hand(guest)
-    guest.cancel()
-    guest.cancel()
+    guest.end_migration(None, background=False)
+    guest.end_migration(None, background=False)
     assert qemu.commands().count("closefd") == 1
     assert "migrate_cancel" not in qemu.commands()
 
@@ -167,9 +167,9 @@ def test_cancel_ends_a_running_migration(qemu: Qemu, guest: machine.Machine) -> 
     hand(guest)
     guest.migrate().result()
     qemu.migration = {"status": "active"}
-    guest.cancel()
+    guest.end_migration(None, background=False)
     assert qemu.commands().count("migrate_cancel") == 1
-    guest.cancel()
+    guest.end_migration(None, background=False)
 
 
 def test_a_failed_migration_says_why(qemu: Qemu, guest: machine.Machine) -> None:

@@ -103,7 +103,7 @@ def test_a3_every_failure_before_the_manifest_is_taken_back(mode: Mode, state: S
     assert Action.WITHDRAW_MANIFEST in undo
     assert Action.COMMIT not in actions
     if Action.START_RECEIVER in actions:
-        assert {Action.CANCEL_MIGRATION, Action.STOP_RECEIVER, Action.REMOVE_MEMORY} <= set(undo)
+        assert {Action.END_MIGRATION, Action.STOP_RECEIVER, Action.REMOVE_MEMORY} <= set(undo)
         assert Action.RESTORE_CAPABILITIES in undo
 
 

@@ -114,9 +114,9 @@ def test_interrupted(mode: Mode) -> None:
 def test_everything_is_tried_when_taking_back_fails() -> None:
     """One abort action that fails stops no other, and is said; the guest comes first whatever else fails."""
     troubles: dict[Action, BaseException] = {Action.SWITCH_NOW: errors.StateError("no switch")}
-    troubles |= {action: errors.HypervisorError("stuck") for action in (Action.CANCEL_MIGRATION, Action.STOP_RECEIVER)}
+    troubles |= {action: errors.HypervisorError("stuck") for action in (Action.END_MIGRATION, Action.STOP_RECEIVER)}
     world = World(troubles)
-    with pytest.raises(errors.StateError, match=r"no switch; besides, could not cancel the migration .*: stuck; could"):
+    with pytest.raises(errors.StateError, match=r"no switch; besides, could not let the migration end.*: stuck; could"):
         run(Mode.EXPLICIT, world)
     assert not world.stopped
     assert not world.prepared
