@@ -184,6 +184,7 @@ def wait_for_rest(opened: group.DiskGroup) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(6))
 def test_d2_d3_d8_hold_after_any_power_cut(place: Place, seed: int, full: bool) -> None:
     """D2, D3, D8."""
@@ -193,6 +194,7 @@ def test_d2_d3_d8_hold_after_any_power_cut(place: Place, seed: int, full: bool) 
     assert not problems, "\n".join(problems)
 
 
+@pytest.mark.timeout(1800)
 def test_d8_holds_when_the_recovery_is_cut_as_well(place: Place, full: bool) -> None:
     """D8: a second power cut during the recovery's own commit."""
     life = Life(place, 77)

@@ -112,6 +112,7 @@ def _read_all(where: store.Store, found: set[tuple[str, int]]) -> str | None:
     return None
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(3))
 def test_s1_s2_hold_after_any_power_cut(library: Path, place: Path, seed: int, full: bool) -> None:
     """S1, S2."""
