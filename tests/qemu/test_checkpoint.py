@@ -66,7 +66,7 @@ def test_switching_when_armed_is_caught(
     caught = 0
     for number in range(5):
         name = f"early{number}"
-        with stores.Store.open(box.home / "store") as store:
+        with stores.Store.open_or_init(box.home / "store") as store:
             runner.take(vm, definition.load(vm), store, runner.CheckpointOptions(name=name), lambda *_: None)
         console, mismatches = resume_and_compare(box, f"v@{name}", name)
         caught += mismatches

@@ -97,7 +97,6 @@ class Console:
         self._changed = threading.Condition()
         self.lines: list[str] = []
         self.closed = False
-        self._sweeps = 0
         self._thread = threading.Thread(target=self._read, name="console", daemon=True)
         self._thread.start()
 
@@ -151,8 +150,7 @@ class Console:
 
     def sweep(self, timeout: float = 60.0) -> int:
         """Let the guest read and compare everything it knows; the number of mismatches it has seen so far."""
-        self._sweeps += 1
-        number = 1000 * os.getpid() + self._sweeps  # a resumed guest remembers older sweeps
+        number = time.monotonic_ns()  # never one that the guest was asked for before it was checkpointed
         start = len(self.lines)
         self.send(f"sweep {number}")
         pattern = re.compile(rf"swept id={number} sectors=(\d+) pages=(\d+) mismatches=(\d+)")
