@@ -42,6 +42,11 @@ def token(box: guest.Sandbox, writer: guest.Console) -> str:
     return writer.beat().token
 
 
+def running(box: guest.Sandbox) -> guest.Console:
+    """The console of the "v" that runs now."""
+    return next(console for console in reversed(box.serial.consoles) if not console.closed)
+
+
 def check_is_back(console: guest.Console, token: str, newer: guest.Beat) -> None:
     beat = console.beat()
     assert beat.token == token
@@ -61,7 +66,7 @@ def test_a_running_vm_is_not_reverted_unasked(box: guest.Sandbox, writer: guest.
 
 @pytest.mark.parametrize("mode", ["lazy", "eager"])
 def test_back_to_an_older_checkpoint(box: guest.Sandbox, token: str, mode: str) -> None:
-    newer = box.serial.consoles[-1].beat()
+    newer = running(box).beat()
     box.run("revert", "v@c1", "--yes", "--detach", "--mode", mode)
     console = box.serial.accept()
     check_is_back(console, token, newer)
@@ -76,7 +81,7 @@ def test_back_to_an_older_checkpoint(box: guest.Sandbox, token: str, mode: str) 
 
 def test_an_interrupted_revert_is_refused_then_redone(box: guest.Sandbox, token: str) -> None:
     """R1: disks half-way are never served."""
-    newer = box.serial.consoles[-1].beat()
+    newer = running(box).beat()
     box.stop("v")
     store = box.home / "store"
     result = subprocess.run([sys.executable, "-c", INTERRUPTED, str(box.home), str(store), "c2"], timeout=60)
