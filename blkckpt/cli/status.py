@@ -89,17 +89,26 @@ def _disk(vm: paths.VmPaths, disk: Mapping[str, Any]) -> dict[str, Any]:
 
 def _overview(found: list[dict[str, Any]]) -> str:
     rows = [
-        (one["vm"], one["state"], one["phase"] or "-", one["checkpoint"] or "-", _job(one["job"]), one["warning"] or "")
+        (one["vm"], one["state"], one["phase"] or "-", one["checkpoint"] or "-", _under_way(one), one["warning"] or "")
         for one in found
     ]
     return output.table(("VM", "STATE", "DISKS ARE", "CHECKPOINT", "UNDER WAY", "NOTE"), rows)
 
 
-def _job(job: Mapping[str, Any] | None) -> str:
-    if job is None or job["state"] != "running":
-        return "-"
-    share = f" ({100 * job['done'] // job['total']} %)" if job["total"] else ""
-    return f"{job['kind']} {units.format_size(job['done'])}{share}"
+def _under_way(one: Mapping[str, Any]) -> str:
+    """The job, else the background fill of a restored VM's disks."""
+    job = one["job"]
+    if job is not None and job["state"] == "running":
+        return _amount(job["kind"], job["done"], job["total"])
+    filling = [disk for disk in one["disks"] if disk["filled"] is not None]
+    if filling:
+        return _amount("fill", sum(disk["filled"] for disk in filling), sum(disk["size"] for disk in filling))
+    return "-"
+
+
+def _amount(what: str, done: int, total: int) -> str:
+    share = f" ({100 * done // total} %)" if total else ""
+    return f"{what} {units.format_size(done)}{share}"
 
 
 def _disks(disks: list[dict[str, Any]]) -> str:
