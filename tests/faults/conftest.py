@@ -21,6 +21,15 @@ def shm() -> Iterator[Path]:
     shutil.rmtree(directory)
 
 
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[paths.Home]:
+    """A home whose run and live directories, which are outside of *tmp_path*, go with the test."""
+    place = paths.home(tmp_path / "home")
+    yield place
+    shutil.rmtree(place.run, ignore_errors=True)
+    shutil.rmtree(place.live, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recorder, compiled."""

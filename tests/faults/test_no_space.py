@@ -254,10 +254,10 @@ def read_back(where: store.Store, number: int) -> bool:
 # ---- the command line ----
 
 
-def blkckpt(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def blkckpt(home: paths.Home, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "blkckpt.cli.main", *words],
-        env={**os.environ, "BLKCKPT_HOME": str(home)},
+        env={**os.environ, "BLKCKPT_HOME": str(home.root)},
         capture_output=True,
         text=True,
         timeout=60,
@@ -280,10 +280,10 @@ def raw(tmp_path: Path) -> Path:
     return base
 
 
-def test_home_directory_full(tmp_path: Path, raw: Path) -> None:
+def test_home_directory_full(home: paths.Home, raw: Path) -> None:
     """A VM that cannot be defined for want of space is not defined half."""
-    with mounts.tmpfs(tmp_path / "home", MIB) as home:
-        filler = mounts.fill(home)
+    with mounts.tmpfs(home.root, MIB):
+        filler = mounts.fill(home.root)
         assert_no_space(blkckpt(home, "vm", "create", "v", "--disk", str(raw)))
         filler.unlink()
         assert blkckpt(home, "vm", "list", "--json").returncode == 0
@@ -291,14 +291,12 @@ def test_home_directory_full(tmp_path: Path, raw: Path) -> None:
         assert result.returncode == 0, result.stderr
 
 
-def test_run_directory_full(tmp_path: Path, raw: Path) -> None:
+def test_run_directory_full(home: paths.Home, raw: Path) -> None:
     """No room for sockets: said so, nothing started; with room it works."""
-    home = tmp_path / "home"
     result = blkckpt(home, "vm", "create", "v", "--disk", str(raw))
     assert result.returncode == 0, result.stderr
-    run = paths.home(home).run
-    with mounts.tmpfs(run, MIB, inodes=2):
-        mounts.fill(run)
+    with mounts.tmpfs(home.run, MIB, inodes=2):
+        mounts.fill(home.run)
         assert_no_space(blkckpt(home, "serve", "v", "--detach"))
     try:
         result = blkckpt(home, "serve", "v", "--detach")

@@ -62,7 +62,7 @@ class Place:
 
     def forget_live(self) -> None:
         """What the machine forgets when its power goes."""
-        for directory in (self.vm.live, self.vm.run):
+        for directory in (self.home.live, self.home.run):
             shutil.rmtree(directory, ignore_errors=True)
 
     def reboot(self) -> group.DiskGroup:

@@ -45,11 +45,11 @@ def cycle(opened: group.DiskGroup, number: int, *, commit: bool) -> None:
 
 
 @pytest.mark.parametrize("commit", [False, True], ids=["abort", "commit"])
-def test_checkpoints_leave_nothing_behind_in_the_server(tmp_path: Path, commit: bool) -> None:
+def test_checkpoints_leave_nothing_behind_in_the_server(tmp_path: Path, home: paths.Home, commit: bool) -> None:
     """Resources go when a checkpoint ends, not when the garbage collector happens to run."""
     base = tmp_path / "vda.raw"
     base.write_bytes(bytes(1 << 20))
-    vm = paths.home(tmp_path / "home").vm("vm")
+    vm = home.vm("vm")
     paths.private_directory(vm.root)
     group.DiskGroup.create(vm, uuid.uuid4().hex, [api.DiskSpec("vda", str(base), 1 << 20)])
     opened = group.DiskGroup.open(vm, open_image=disk_workload.no_image)

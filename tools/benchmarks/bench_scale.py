@@ -20,7 +20,7 @@ DESCRIPTION = "a 1 TiB sparse disk beside a 1 GiB one: the switch, and the serve
 
 SMALL, LARGE = "1 GiB", "1 TiB"
 SIZES = {SMALL: 1 << 30, LARGE: 1 << 40}
-WRITES = 2000
+WRITES = 500
 """Random 4 KiB writes all over each disk before and after each switch: maps and layers are in use, not untouched."""
 
 
@@ -67,7 +67,7 @@ def run(context_: context.Context) -> list[figures.Figure]:
             seeds = iter(range(1, 1000))
             samplers[label] = lambda c=connection, v=vm, s=size, n=seeds: _switch_ms(c, v, s, next(n))  # type: ignore[misc]
         context_.say(f"switching both disks in turns, {WRITES} random writes before and after each switch")
-        switches = context_.round_robin(context_.pick(7, 21), samplers, "ms")
+        switches = context_.round_robin(context_.pick(15, 31), samplers, "ms")
         resident = {
             f"{label}, {field}": figures.Samples([_resident_mb(pid, field)], "MiB")
             for label, pid in pids.items()
