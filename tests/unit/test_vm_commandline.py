@@ -81,10 +81,11 @@ def test_rendered_back_unchanged(argv: list[str]) -> None:
 WORD = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
 
 
-@given(st.lists(st.tuples(WORD, st.none() | WORD), min_size=1, max_size=6).filter(lambda items: items[0][0] != "{"))
+@given(st.lists(st.tuples(WORD, st.none() | WORD), min_size=1, max_size=6))
 def test_list_values_round_trip(pairs: list[tuple[str, str | None]]) -> None:
     """Whatever is in a key or value, commas included, is read back from its text."""
-    items = tuple(qemuopts.Item(key.replace("=", "-"), value) for key, value in pairs)
+    # A key cannot begin with a comma: after the item before it that would be a doubled one.
+    items = tuple(qemuopts.Item("k" + key.replace("=", "-"), value) for key, value in pairs)
     assert qemuopts.Items.parse(qemuopts.Items(items).text()).items == items
 
 
