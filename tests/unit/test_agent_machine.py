@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -211,7 +212,13 @@ def test_a2_nobody_resumes(qemu: Qemu, guest: machine.Machine) -> None:
 
 
 def test_the_command_line_of_a_process() -> None:
-    words = machine.command_line(os.getpid())
-    assert "pytest" in " ".join(words)
+    with subprocess.Popen(["/usr/bin/cat", "-u", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(b".")
+        process.stdin.flush()
+        assert process.stdout.read(1) == b"."  # it has begun to run
+        words = machine.command_line(process.pid)
+    assert words[0] == "/usr/bin/cat"
+    assert words[1] == "-u"
     with pytest.raises(errors.NotFoundError):
         machine.command_line(1 << 30)
