@@ -85,9 +85,12 @@ def rescue(kind: str, path: str, stream: int | None = None, patience: float = RE
     thrown = None if stream is None else drain.Drain(stream)
     moved, since = 0, time.monotonic()
     while time.monotonic() - since < patience:
-        with contextlib.suppress(errors.BlkckptError):
+        try:
             if attempt(path):
                 return True
+        except errors.BlkckptError as error:
+            if isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
+                return False  # nobody listens there any more: the guest has ended
         if thrown is not None and thrown.moved != moved:
             moved, since = thrown.moved, time.monotonic()
         time.sleep(INTERVAL)
