@@ -16,6 +16,7 @@ Inside the home::
     store/                    the default checkpoint store
     vms/NAME/vm.json          the VM's definition (blkckpt.vm.definition)
     vms/NAME/state.json       the disks' layers (blkckpt.disk.format)
+    vms/NAME/reserve          space for the state file when the file system is full
     vms/NAME/lock             one writer per VM (rule D12)
     vms/NAME/layers/          overlay data and durable maps
     vms/NAME/memory/CKPT/     raw memory images kept for lazy restore

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import os
 import threading
@@ -16,6 +17,10 @@ from blkckpt.disk import api, fileio, stack
 from blkckpt.disk import format as formats
 
 _WHAT = "the disks' state"
+RESERVE = "reserve"
+RESERVE_BYTES = 256 << 10
+"""Kept allocated beside the state file and given up when saving meets a full file system: an overlay that has filled
+the home must not keep the disks from going back to rest, which is what empties it (D10)."""
 
 
 class StateFile:
@@ -44,11 +49,25 @@ class StateFile:
         with self._saving:
             disks = tuple(changes.get(entry.name, entry) for entry in self.state.disks)
             state = dataclasses.replace(self.state, disks=disks, **fields)
+            data = formats.encode_state(state)
             try:
-                durable.write_file(self._vm.state, formats.encode_state(state))
+                self._replace(data, may_spend=fields.get("checkpoint") is None)
             except OSError as error:
                 raise errors.from_os_error(error, f"writing {self._vm.state}") from error
             self.state = state
+
+    def _replace(self, data: bytes, *, may_spend: bool) -> None:
+        """Write the file; on a full file system by way of the reserve, but not to begin a checkpoint."""
+        reserve = self._vm.root / RESERVE
+        try:
+            durable.write_file(self._vm.state, data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not may_spend or not reserve.exists():
+                raise
+            reserve.unlink()
+            durable.write_file(self._vm.state, data)
+            return
+        _keep_reserve(reserve)
 
     def sweep(self) -> None:
         """Remove layer files that no state names: neither the one saved last nor the one on disk.
@@ -92,6 +111,21 @@ def _new_disk(vm: paths.VmPaths, spec: api.DiskSpec) -> formats.DiskState:
     stack.create_map(place.changed(changed.id), changed.id, spec.size)
     since = dataclasses.replace(changed, since=spec.source.image)
     return formats.DiskState(spec.name, spec.path, spec.size, since, source=spec.source, fill=fill_id)
+
+
+def _keep_reserve(path: Path) -> None:
+    """Make the reserve if it is not there; without the space for it things go on as well as they can."""
+    if path.exists():
+        return
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, flags, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
+        except OSError:
+            path.unlink()
+        finally:
+            os.close(descriptor)
 
 
 def _lock(vm: paths.VmPaths) -> int:
