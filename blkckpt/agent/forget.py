@@ -47,6 +47,15 @@ def forget(vm: paths.VmPaths) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def let_go(home: paths.Home) -> None:
+    """Unpin the images of restored VMs whose disks have been filled meanwhile: a collection may have them."""
+    for name in home.vm_names():
+        vm = home.vm(name)
+        with contextlib.suppress(errors.BlkckptError):  # a VM that cannot be read keeps what it has pinned
+            if not any(disk.source for disk in _state(vm).disks):
+                _unpin(vm)
+
+
 def _unpin(vm: paths.VmPaths) -> None:
     """Let go of the images that a restored disk reads from; a store that is gone holds nothing."""
     if not vm.definition.exists():
@@ -75,10 +84,13 @@ def _check_unfinished(vm: paths.VmPaths) -> None:
 def _check_at_rest(vm: paths.VmPaths) -> None:
     if not vm.definition.exists() or not vm.state.exists():
         return
-    state = formats.decode_state(durable.read_small(vm.state, "disk state", MAX_STATE), vm.state)
-    held = [disk.name for disk in state.disks if disk.overlays and disk.source is None]
+    held = [disk.name for disk in _state(vm).disks if disk.overlays and disk.source is None]
     if held:
         raise errors.StateError(
             f"the newest writes to {', '.join(held)} of VM {vm.name} are not in its base file yet (a checkpoint was "
             f"interrupted); serve it until `blkckpt status {vm.name}` shows it at rest: blkckpt serve {vm.name}"
         )
+
+
+def _state(vm: paths.VmPaths) -> formats.GroupState:
+    return formats.decode_state(durable.read_small(vm.state, "disk state", MAX_STATE), vm.state)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from blkckpt import errors, units
+from blkckpt.agent import forget
 from blkckpt.cli import names, output, session, verb
 from blkckpt.store import collect as collection
 from blkckpt.store import store
@@ -36,6 +37,7 @@ def command(ours: session.Session, targets: tuple[names.Target, ...], collect: b
     for vm, place, name in found:
         place.remove(vm, name)
         shutil.rmtree(ours.home.vm(vm).memory / name, ignore_errors=True)
+    forget.let_go(ours.home)
     reports = _collect({place.path: place for _, place, _ in found}.values()) if collect else None
     if as_json:
         output.write_json({"removed": removed, "collected": None if reports is None else _keys(reports)})
