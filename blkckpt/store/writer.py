@@ -126,17 +126,19 @@ class ImageWriter:
 
     # --- the caller's side
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
+    def write(self, offset: int, data: bytes | memoryview, *, stable: bool = False) -> None:
         """Store *data* at *offset*: whole chunks (a short one only at the image's end), each at most once.
 
-        *data* may be reused on return; ``bytes`` are not copied.  Blocks while too much is under way.
+        *data* may be reused on return, unless the caller promises that it is *stable*, as ``bytes`` are: then it is
+        not copied, and let go when it is stored.  Blocks while too much is under way.
         Raises what went wrong in any thread.
         """
         view = memoryview(data).cast("B")
         number = self._claim(offset, len(view))
+        copy = not (stable or isinstance(data, bytes))
         with self._front:
             for start in range(0, len(view), layout.CHUNK):
-                self._gather(number, view[start : start + layout.CHUNK], copy=not isinstance(data, bytes))
+                self._gather(number, view[start : start + layout.CHUNK], copy=copy)
                 number += 1
 
     def zero(self, offset: int, length: int) -> None:

@@ -131,7 +131,7 @@ def test_background_snapshot_order(tmp_path: Path, child: Callable[..., Child]) 
     for n in faulted:
         order.insert(rng.randrange(len(order)), n)
     records = [*pages(2, order), (1, 0, b"\0"), (1, 1, rng.randbytes(PAGE))]
-    result = take(child, records)
+    result = take(child, records, once=True)
     check(tmp_path, result, records)
     assert result["pages"] + result["zero_pages"] == RAM_PAGES + 2
     assert result["stream_bytes"] == len(rs.whole(BLOCKS, records, rs.tail(description={"devices": []})))
@@ -143,6 +143,21 @@ def test_pages_sent_again(tmp_path: Path, child: Callable[..., Child]) -> None:
     records = pages(3, range(RAM_PAGES)) + pages(4, range(0, RAM_PAGES, 7)) + pages(5, range(5, 900), 0.1)
     result = take(child, records, keep_raw=True)
     check(tmp_path, result, records)
+
+
+@pytest.mark.parametrize("content", [b"x" * PAGE, b"\0"], ids=["data", "zeros"])
+def test_once_is_kept(tmp_path: Path, content: bytes) -> None:
+    """A chunk that was given out is not written to: its readers have hashed it already."""
+    sink = assemble.Assembler(tmp_path, once=True)
+    parser = stream.Parser(sink)
+    parser.feed(memoryview(rs.whole(BLOCKS, pages(3, range(16), 1.0)))[: 17 * (PAGE + 8)])
+    [block] = sink.main
+    assert list(block.complete()) == [(0, 1)]
+    before = bytes(block.raw.view(0, 16 * PAGE))
+    with pytest.raises(errors.ProtocolError, match="came twice"):
+        sink.zeros(0, 3, 1, 0) if len(content) == 1 else sink.pages(0, 3, 1, memoryview(content), 0, PAGE)
+    assert block.raw.read(0, 16 * PAGE) == before
+    sink.close()
 
 
 def test_pages_that_never_come_are_zero(tmp_path: Path, child: Callable[..., Child]) -> None:
@@ -297,7 +312,8 @@ class StuckStore:
     def image_writer(self, *_: object, **__: object) -> StuckStore:
         return self
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: bytes, *, stable: bool = False) -> None:
+        assert stable
         assert self.go.wait(DEADLINE)
         self.written[offset] = data
 
