@@ -40,8 +40,8 @@ STALL_SECONDS = 300.0
 ARM_SECONDS = 60.0
 ARM_SECONDS_PER_GIB = 1.0
 """Pre-faulting took 130 to 260 ms per GiB; a machine that swaps is slower."""
-WINDOW_INTERVAL = 0.001
-"""Between two looks at the QMP socket while armed: an idle guest's disks switch so soon after the resume."""
+WINDOW_INTERVAL = 0.1
+"""Between two looks at the QMP socket while armed; what QEMU writes there ends the wait at once."""
 LEASE_INTERVAL = 5.0
 REPLY_SECONDS = 30.0
 PIPE_BYTES = 1 << 20
@@ -112,6 +112,8 @@ class Checkpoint:
         """Do *action*; raises what went wrong."""
         background = mode in (plan.Mode.BARRIER, plan.Mode.EXPLICIT)
         match action:
+            case plan.Action.START_RECEIVER:
+                self._start_receiver(background=background)
             case plan.Action.START_GUARD:
                 self._start_guard(frozen=mode is plan.Mode.FROZEN)
             case plan.Action.SET_CAPABILITIES:
@@ -176,13 +178,19 @@ class Checkpoint:
             else:
                 self._guard = guard.Guard(guard.QMP, self.guest.session.path, self._stream)
 
-    def _start_receiver(self) -> None:
+    def _await_guard(self) -> None:
+        assert self._guard is not None
+        with self._timed("prepare"):
+            self._guard.await_ready()
+
+    def _start_receiver(self, *, background: bool) -> None:
         job = receiver.Job(
             self._store.path.resolve(),
             f"{self.vm.name}@{self.name}",
             self._memory_parents(),
             self._memory_directory,
             self._options.keep_memory > 0,
+            once=background,
         )
         with self._timed("prepare"):
             # We keep the read end: a receiver that fails must not break QEMU's stream.
@@ -228,16 +236,17 @@ class Checkpoint:
         """Look ourselves; only what has been seen is asked of the disk server, which must see the same."""
         deadline = time.monotonic() + self._arm_seconds
         renewed = time.monotonic()
-        while (state := self.guest.watch.poll()) is barrier.BarrierState.WAITING:
+        watch = self.guest.watch
+        while (state := watch.poll()) is barrier.BarrierState.WAITING:
             now = time.monotonic()
             if now > deadline:
                 raise errors.DeadlineError(f"QEMU did not stop and resume the guest within {self._arm_seconds:g} s")
             if now - renewed > LEASE_INTERVAL:
                 renewed = now
                 self._ask_switch()
-            time.sleep(WINDOW_INTERVAL)
+            watch.wait(WINDOW_INTERVAL)
         if state is barrier.BarrierState.VIOLATED:
-            raise self._lost(self.guest.watch.reason)
+            raise self._lost(watch.reason)
         switched = self._ask_switch()
         if not switched.switched:
             raise errors.StateError("the disks did not switch although the guest was resumed")

@@ -50,7 +50,7 @@ class Guard:
     """The agent's end."""
 
     def __init__(self, kind: str, path: str, stream: int | None = None) -> None:
-        """Start the process and wait until it stands; it gets a duplicate of *stream*."""
+        """Start the process; it gets a duplicate of *stream*.  It stands when :meth:`await_ready` has returned."""
         given = [] if stream is None else [stream]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "blkckpt.agent.guard", kind, path, *map(str, given)],
@@ -59,6 +59,9 @@ class Guard:
             pass_fds=given,
             start_new_session=True,  # a Ctrl-C on the terminal is for the agent, not for its guard
         )
+
+    def await_ready(self) -> None:
+        """Wait until it stands."""
         assert self._process.stdout is not None
         if self._process.stdout.readline() != b"ready\n":
             self._process.wait(READY_TIMEOUT)

@@ -71,6 +71,7 @@ class Action(enum.Enum):
 
     PREPARE_DISKS = "make the overlays (802)"
     START_GUARD = "start the process that looks after the guest should we die"
+    AWAIT_GUARD = "wait until that process stands"
     START_RECEIVER = "start the memory receiver and hand QEMU the stream's descriptor"
     SET_CAPABILITIES = "set the migration's capabilities and parameters, remembering the old ones"
     PAUSE_READING = "leave the QMP socket unread"
@@ -129,7 +130,10 @@ _UNDO_STOPPED = (
 _UNDO_DISKS = (_A.ABORT_DISKS, _A.WITHDRAW_MANIFEST)
 _UNDO_FROZEN = (_A.THAW, _A.RELEASE_GUARD, *_UNDO_DISKS)
 
-_SET_UP = (_A.START_RECEIVER, _A.START_GUARD, _A.SET_CAPABILITIES)
+_PREPARE = (_A.START_RECEIVER, _A.START_GUARD, _A.PREPARE_DISKS)
+"""The children first: they start while the overlays are made."""
+
+_SET_UP = (_A.AWAIT_GUARD, _A.SET_CAPABILITIES)
 _TAIL: tuple[Step, ...] = (
     (State.PUBLISHING, (_A.PUBLISH,)),
     (State.COMMITTING, (_A.COMMIT,)),
@@ -145,7 +149,7 @@ _SAVE_MACHINE = (
 
 _CHAINS: Mapping[Mode, tuple[Step, ...]] = MappingProxyType({
     Mode.BARRIER: (
-        (State.PREPARING, (_A.PREPARE_DISKS,)),
+        (State.PREPARING, _PREPARE),
         (State.SETTING_UP, _SET_UP),
         (State.ARMING, (_A.PAUSE_READING, _A.ARM)),
         (State.CROSSING, (_A.MIGRATE, _A.AWAIT_BARRIER, _A.RESUME_READING, _A.CHECK_WINDOW)),
@@ -153,7 +157,7 @@ _CHAINS: Mapping[Mode, tuple[Step, ...]] = MappingProxyType({
         *_TAIL,
     ),
     Mode.EXPLICIT: (
-        (State.PREPARING, (_A.PREPARE_DISKS,)),
+        (State.PREPARING, _PREPARE),
         (State.SETTING_UP, _SET_UP),
         (State.STOPPING, (_A.STOP_GUEST,)),
         (State.SWITCHING, (_A.SWITCH_NOW,)),
@@ -162,7 +166,7 @@ _CHAINS: Mapping[Mode, tuple[Step, ...]] = MappingProxyType({
         *_TAIL,
     ),
     Mode.STOPPED: (
-        (State.PREPARING, (_A.PREPARE_DISKS,)),
+        (State.PREPARING, _PREPARE),
         (State.SETTING_UP, _SET_UP),
         (State.STOPPING, (_A.STOP_GUEST,)),
         (State.SWITCHING, (_A.SWITCH_NOW,)),
@@ -178,7 +182,7 @@ _CHAINS: Mapping[Mode, tuple[Step, ...]] = MappingProxyType({
     ),
     Mode.FROZEN: (
         (State.PREPARING, (_A.PREPARE_DISKS,)),
-        (State.SETTING_UP, (_A.START_GUARD,)),
+        (State.SETTING_UP, (_A.START_GUARD, _A.AWAIT_GUARD)),
         (State.FREEZING, (_A.FREEZE,)),
         (State.SWITCHING, (_A.SWITCH_NOW, _A.THAW, _A.RELEASE_GUARD)),
         (State.SAVING, (_A.START_COPY, _A.AWAIT_COPY)),

@@ -34,6 +34,7 @@ class Job:
     parents: Mapping[str, str | None]
     raw_dir: Path
     keep_raw: bool
+    once: bool = False
 
     def encode(self, descriptor: int) -> bytes:
         job = {
@@ -44,6 +45,7 @@ class Job:
             "parents": dict(self.parents),
             "raw_dir": str(self.raw_dir),
             "keep_raw": self.keep_raw,
+            "once": self.once,
         }
         return json.dumps(job).encode() + b"\n"
 

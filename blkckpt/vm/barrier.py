@@ -202,6 +202,7 @@ class ResumeBarrier:
         self._length = 0
         self._judged = b""
         self._next_hangup = 0.0
+        self._epoll: select.epoll | None = None
 
     @property
     def reason(self) -> str:
@@ -223,12 +224,24 @@ class ResumeBarrier:
                 self._state = self._judge.state
             return self._state
 
+    def wait(self, timeout: float) -> None:
+        """Until something new is in the queue or the peer has hung up, *timeout* seconds at most; for one thread.
+
+        Edge-triggered: each arrival wakes once, though nothing is read; one since the last wait does at once.
+        """
+        if self._epoll is None:
+            self._epoll = select.epoll()
+            self._epoll.register(self._socket, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
+        self._epoll.poll(timeout)
+
     def close(self) -> None:
         """Give the descriptor up.  A barrier closed while WAITING is VIOLATED: it cannot know any more."""
         with self._lock:
             if self._state is WAITING:
                 self._judge.violate("the barrier was closed before the guest was resumed")
                 self._state = VIOLATED
+            if self._epoll is not None:
+                self._epoll.close()
             self._socket.close()
 
     def _look_locked(self) -> None:

@@ -34,6 +34,7 @@ def wait(process: subprocess.Popen[bytes]) -> int:
 
 def test_released_touches_nothing(qemu: Qemu, tmp_path: Path) -> None:
     watch = guard.Guard(guard.QMP, str(tmp_path / "q"))
+    watch.await_ready()
     watch.release()
     watch.release()
     assert wait(watch._process) == 0
@@ -42,6 +43,7 @@ def test_released_touches_nothing(qemu: Qemu, tmp_path: Path) -> None:
 
 def test_abandoned_continues_the_guest(qemu: Qemu, tmp_path: Path) -> None:
     watch = guard.Guard(guard.QMP, str(tmp_path / "q"))
+    watch.await_ready()
     watch.abandon()
     assert wait(watch._process) == 0
     assert qemu.status == "running"
@@ -50,7 +52,8 @@ def test_abandoned_continues_the_guest(qemu: Qemu, tmp_path: Path) -> None:
 def test_a_killed_agent_is_noticed(qemu: Qemu, tmp_path: Path) -> None:
     """kill -9 of the process that holds the guard's standard input."""
     program = "import sys, time\nfrom blkckpt.agent import guard\n"
-    program += f"g = guard.Guard('qmp', {str(tmp_path / 'q')!r})\nprint(g._process.pid, flush=True)\ntime.sleep(60)"
+    program += f"g = guard.Guard('qmp', {str(tmp_path / 'q')!r})\ng.await_ready()\n"
+    program += "print(g._process.pid, flush=True)\ntime.sleep(60)"
     agent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT)
     assert agent.stdout is not None
     pid = int(agent.stdout.readline())
@@ -67,6 +70,7 @@ def test_a_killed_agent_is_noticed(qemu: Qemu, tmp_path: Path) -> None:
 
 def test_signals_do_not_end_it(qemu: Qemu, tmp_path: Path) -> None:
     watch = guard.Guard(guard.QMP, str(tmp_path / "q"))
+    watch.await_ready()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         watch._process.send_signal(number)
     time.sleep(0.1)
@@ -80,6 +84,7 @@ def test_a_running_migration_is_waited_for(qemu: Qemu, tmp_path: Path) -> None:
     """It may be about to stop the guest, or to resume it."""
     qemu.migration = {"status": "active"}
     watch = guard.Guard(guard.QMP, str(tmp_path / "q"))
+    watch.await_ready()
     watch.abandon()
     deadline = time.monotonic() + 20
     while qemu.commands().count("query-migrate") < 2 and time.monotonic() < deadline:
@@ -122,6 +127,7 @@ def test_frozen_file_systems_are_thawed(tmp_path: Path) -> None:
     agent = FakeAgent(tmp_path / "ga")
     agent.frozen = True
     watch = guard.Guard(guard.GUEST_AGENT, str(tmp_path / "ga"))
+    watch.await_ready()
     watch.abandon()
     assert wait(watch._process) == 0
     assert not agent.frozen

@@ -132,7 +132,7 @@ def test_a1_the_guest_comes_first_when_aborting(mode: Mode) -> None:
 def test_a1_a_guard_stands_before_the_guest_is_touched(mode: Mode) -> None:
     _, actions = run(mode)
     for touch in {Action.STOP_GUEST, Action.MIGRATE, Action.FREEZE} & set(actions):
-        assert order(actions, Action.START_GUARD, touch, Action.RELEASE_GUARD)
+        assert order(actions, Action.START_GUARD, Action.AWAIT_GUARD, touch, Action.RELEASE_GUARD)
 
 
 def test_the_guard_is_part_of_every_mode_that_touches_the_guest() -> None:

@@ -283,3 +283,20 @@ def test_a_poll_is_cheap(wire: Wire) -> None:
     for _ in range(2000):
         wire.barrier.poll()
     assert (time.perf_counter() - start) / 2000 < 200e-6
+
+
+def test_an_arrival_ends_the_wait(wire: Wire) -> None:
+    """Each wakes once, though nothing is read; what came before the wait does at once, a hang-up too."""
+
+    def waited(timeout: float) -> float:
+        begun = time.monotonic()
+        wire.barrier.wait(timeout)
+        return time.monotonic() - begun
+
+    wire.qemu.sendall(b'{"return": {}}\n')
+    assert waited(20) < 10
+    assert waited(0.05) >= 0.04
+    threading.Timer(0.05, wire.qemu.sendall, (b"{",)).start()
+    assert waited(20) < 10
+    wire.qemu.close()
+    assert waited(20) < 10
