@@ -2,13 +2,16 @@
 
 States, with what moves between them::
 
-    (none) ── run directory locked, sockets bound, nbdkit started ──> opening
-    opening ── hello answered ──> serving            nbdkit ended: its error is raised, nothing is left
-    serving ── QEMU started ──> running              (a server without a machine stays in serving)
+    (none) ── run directory locked, sockets bound, nbdkit and QEMU started ──> opening
+    opening ── hello answered, QMP answers ──> serving, running (without a machine: serving)
+    opening ── either of them ended ──> (none)       its error is raised, nothing is left
     serving, running ── nbdkit ended ──> the same, nbdkit started again: at once, then ever later (BACKOFF)
     running ── QEMU ended ──> stopping
     serving, running ── SIGTERM, SIGINT, SIGHUP ──> stopping
     stopping: QEMU ends, nbdkit is shut down, sockets and record are removed, the lock is given up
+
+QEMU is started while nbdkit opens the disks: its connection waits in the queue of the listening socket until there
+is an answer, and no guest runs before it has its disks.
 
 While nbdkit is away QEMU's requests wait (``reconnect-delay``) and its new connection waits in the queue of the
 listening socket, which is ours and never closed.  A supervisor that is killed takes nbdkit along, cleanly
@@ -16,7 +19,9 @@ listening socket, which is ours and never closed.  A supervisor that is killed t
 ``blkckpt run`` is refused as long as it lives, or two guests would write one disk.
 
 Detached, the supervisor is this module run again as a program in a session of its own.  It is told what to do on
-its standard input and answers through a pipe, one JSON object: ready, or the error it gave up with.
+its standard input and answers through a pipe, one JSON object: ready, or the error it gave up with.  It can be
+started before there is anything to run (:class:`Detached`): loading an interpreter and asking nbdkit for its version
+take longer than making a VM.  Without orders it ends.
 
 Nothing here sleeps: the loop waits for the pidfds of its children and for signals.
 """
@@ -35,7 +40,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from blkckpt import errors, log, paths
 from blkckpt.agent import nbdserver, qemuargs, rundir
@@ -51,7 +56,7 @@ SETTLED_SECONDS = 30.0
 MACHINE_SECONDS = 20.0
 """QEMU's own end after SIGTERM: it flushes, and gives up requests that hang."""
 QMP_SECONDS = 30.0
-QMP_INTERVAL = 0.02
+QMP_INTERVAL = 0.005
 """QEMU binds its QMP socket itself and there is nothing to wait on for it: ask so often, while watching its pidfd."""
 
 logger = log.get(__name__)
@@ -84,9 +89,7 @@ def run(vm: paths.VmPaths, machine: Machine | None, ready: Ready = _ignore) -> i
     """
     wanted = definition.load(vm)
     with _Signals() as signals, _Supervisor(vm, wanted, signals) as supervisor:
-        supervisor.serve()
-        if machine:
-            supervisor.start_machine(machine)
+        supervisor.bring_up(machine)
         ready(supervisor.running())
         return supervisor.loop()
 
@@ -94,16 +97,63 @@ def run(vm: paths.VmPaths, machine: Machine | None, ready: Ready = _ignore) -> i
 def start(vm: paths.VmPaths, machine: Machine | None, deadline: float = nbdserver.READY_SECONDS) -> rundir.Running:
     """As :func:`run`, in a background process; returns when it is ready, raises what it gave up with."""
     definition.load(vm)
-    receiver, sender = os.pipe2(os.O_CLOEXEC)
-    with os.fdopen(receiver, "rb") as answers:
+    with Detached() as detached:
+        return detached.start(vm, machine, deadline)
+
+
+class Detached:
+    """A background process that will be the supervisor of the VM that :meth:`start` names.
+
+    It loads meanwhile.  Leave the context without calling :meth:`start` and it is ended.
+    """
+
+    def __init__(self) -> None:
+        self._ordered = False
+        receiver, sender = os.pipe2(os.O_CLOEXEC)
+        self._answers = os.fdopen(receiver, "rb")
         try:
-            process = _spawn_detached(vm, machine, sender)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "blkckpt.agent.supervisor", str(sender)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+                pass_fds=[sender],
+            )
+        except BaseException:
+            self._answers.close()
+            raise
         finally:
             os.close(sender)
-        if not nbdserver.wait_for([answers.fileno()], deadline + MACHINE_SECONDS):
-            process.terminate()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._answers.close()
+        if not self._ordered:  # it may be loading still: leave nothing behind
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    def start(
+        self, vm: paths.VmPaths, machine: Machine | None, deadline: float = nbdserver.READY_SECONDS
+    ) -> rundir.Running:
+        """Let it run *vm*; returns when it is ready, raises what it gave up with.  To be called once."""
+        order = {
+            "home": str(vm.root.parent.parent),
+            "vm": vm.name,
+            "machine": asdict(machine) if machine else None,
+        }
+        nbdserver.open_log(vm, "qemu.log").close()
+        assert self._process.stdin is not None
+        self._ordered = True
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as orders:
+            orders.write(json.dumps(order).encode())
+        if not nbdserver.wait_for([self._answers.fileno()], deadline + MACHINE_SECONDS):
+            self._process.terminate()
             raise errors.DeadlineError(f"VM {vm.name} did not start within {deadline:g} s; it is being stopped")
-        return _started(answers.read(wire.MAX_MESSAGE), vm)
+        return _started(self._answers.read(wire.MAX_MESSAGE), vm)
 
 
 def find(vm: paths.VmPaths) -> rundir.Running | None:
@@ -199,25 +249,33 @@ class _Supervisor:
         orphan = getattr(self, "_orphan", None)
         self._run.close(keep_record=orphan is not None and orphan.alive)
 
-    def serve(self) -> None:
-        """Start nbdkit and wait until it answers."""
+    def bring_up(self, machine: Machine | None) -> None:
+        """Start nbdkit and QEMU side by side and wait until both answer."""
+        if machine and self._orphan:
+            raise errors.StateError(
+                f"QEMU of VM {self._vm.name} (pid {self._orphan.pid}) is still running from before its supervisor was "
+                f"killed; `blkckpt serve {self._vm.name}` gives it its disks back, or end it first"
+            )
         self._server.start()
         self._started_at = time.monotonic()
+        if machine:
+            self._spawn(machine)
         self._run.record(self.running())
-        self._server.wait_ready(interrupt=self._signals.fileno())
+        try:
+            self._server.wait_ready(interrupt=self._signals.fileno())
+        except errors.BlkckptError:
+            if self._machine:  # it waits for disks that nobody serves, and would not hear a SIGTERM there
+                self._machine.kill()
+            raise
+        if machine:
+            self._wait_for_qmp()
 
     def running(self) -> rundir.Running:
         server = rundir.Process.of(self._server.pid) if self._server.running else None
         machine = rundir.Process.of(self._machine.pid) if self._machine else self._orphan
         return rundir.Running(rundir.Process.of(os.getpid()), server, machine)
 
-    def start_machine(self, machine: Machine) -> None:
-        """Start QEMU and wait until its QMP socket answers."""
-        if self._orphan:
-            raise errors.StateError(
-                f"QEMU of VM {self._vm.name} (pid {self._orphan.pid}) is still running from before its supervisor was "
-                f"killed; `blkckpt serve {self._vm.name}` gives it its disks back, or end it first"
-            )
+    def _spawn(self, machine: Machine) -> None:
         argv = list(machine.argv)
         if not machine.complete:
             names = [disk.name for disk in self._wanted.disks]
@@ -228,10 +286,9 @@ class _Supervisor:
         except OSError as error:
             raise errors.from_os_error(error, f"starting {argv[0]}") from error
         self._machine_fd = os.pidfd_open(self._machine.pid)
-        self._run.record(self.running())
-        self._wait_for_qmp()
 
     def _wait_for_qmp(self) -> None:
+        """Until QEMU listens.  It greets when it has opened its disks."""
         end = time.monotonic() + QMP_SECONDS
         while not _answers(self._vm.qmp_socket):
             if self._signals.stopping:
@@ -320,28 +377,6 @@ def _answers(path: Path) -> bool:
 # --- detached ---
 
 
-def _spawn_detached(vm: paths.VmPaths, machine: Machine | None, sender: int) -> subprocess.Popen[bytes]:
-    order = {
-        "home": str(vm.root.parent.parent),
-        "vm": vm.name,
-        "machine": asdict(machine) if machine else None,
-        "answer": sender,
-    }
-    with nbdserver.open_log(vm, "qemu.log") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "blkckpt.agent.supervisor"],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            pass_fds=[sender],
-        )
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError), process.stdin as orders:
-        orders.write(json.dumps(order).encode())
-    return process
-
-
 def _started(answer: bytes, vm: paths.VmPaths) -> rundir.Running:
     if not answer:
         raise errors.BlkckptError(f"the supervisor of VM {vm.name} ended without a word; see {vm.log / 'qemu.log'}")
@@ -354,18 +389,29 @@ def _started(answer: bytes, vm: paths.VmPaths) -> rundir.Running:
     return running
 
 
-def main(arguments: Sequence[str] = ()) -> int:
-    """The detached supervisor: orders on standard input, one answer through their ``answer`` descriptor."""
-    log.setup(as_json=True)
-    order = json.loads(sys.stdin.buffer.read())
-    os.set_inheritable(order["answer"], False)
-    with open(os.devnull, "rb") as null:
-        os.dup2(null.fileno(), 0)
-    vm = paths.home(order["home"]).vm(order["vm"])
-    machine = order["machine"]
-    wanted = Machine(tuple(machine["argv"]), machine["complete"], machine["directory"]) if machine else None
-    with os.fdopen(order["answer"], "wb") as pipe:
+def main(arguments: Sequence[str]) -> int:
+    """The detached supervisor: orders on standard input, one answer through the descriptor that is its argument."""
+    os.set_inheritable(int(arguments[0]), False)
+    with os.fdopen(int(arguments[0]), "wb") as pipe:
+        with contextlib.suppress(errors.BlkckptError):  # told when there is somebody to tell
+            nbdserver.probe()
+        orders = sys.stdin.buffer.read()
+        if not orders:
+            return 0
+        order = json.loads(orders)
+        vm = paths.home(order["home"]).vm(order["vm"])
+        _take_output(vm)
+        log.setup(as_json=True)
+        machine = order["machine"]
+        wanted = Machine(tuple(machine["argv"]), machine["complete"], machine["directory"]) if machine else None
         return _run_and_tell(vm, wanted, pipe)
+
+
+def _take_output(vm: paths.VmPaths) -> None:
+    """Nothing to read, and a log for what we and QEMU say."""
+    with open(os.devnull, "rb") as null, nbdserver.open_log(vm, "qemu.log") as output:
+        for ours, standard in ((null, 0), (output, 1), (output, 2)):
+            os.dup2(ours.fileno(), standard)
 
 
 def _run_and_tell(vm: paths.VmPaths, machine: Machine | None, pipe: IO[bytes]) -> int:
@@ -385,4 +431,4 @@ def _run_and_tell(vm: paths.VmPaths, machine: Machine | None, pipe: IO[bytes]) -
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

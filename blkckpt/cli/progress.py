@@ -6,18 +6,19 @@ stays readable.  Work below calls :meth:`Reporter.update` from any thread, as of
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import IO, Protocol, Self
-
-from rich import console as rich_console
-from rich import progress as rich_progress
+from typing import IO, TYPE_CHECKING, Any, Protocol, Self
 
 from blkckpt import units
+
+if TYPE_CHECKING:
+    from rich import progress as rich_progress
 
 INTERVAL = 5.0
 """Seconds between two plain lines of one stage: a checkpoint of a few seconds prints none, a copy of minutes a few."""
@@ -64,13 +65,14 @@ class Bars(Silent):
     def __init__(self, stream: IO[str]) -> None:
         self._tasks: dict[str, rich_progress.TaskID] = {}
         self._lock = threading.Lock()
-        self._progress = rich_progress.Progress(
-            rich_progress.TextColumn("{task.description}"),
-            rich_progress.BarColumn(),
-            rich_progress.DownloadColumn(binary_units=True),
-            rich_progress.TransferSpeedColumn(),
-            rich_progress.TimeRemainingColumn(),
-            console=rich_console.Console(file=stream),
+        rich: Any = importlib.import_module("rich.progress")  # loaded for a terminal only
+        self._progress: rich_progress.Progress = rich.Progress(
+            rich.TextColumn("{task.description}"),
+            rich.BarColumn(),
+            rich.DownloadColumn(binary_units=True),
+            rich.TransferSpeedColumn(),
+            rich.TimeRemainingColumn(),
+            console=importlib.import_module("rich.console").Console(file=stream),
             transient=True,
         )
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from blkckpt import errors, units
-from blkckpt.agent import rundir
+from blkckpt.agent import supervisor
 from blkckpt.cli import names, output, run, session, verb
-from blkckpt.restore import machine
-from blkckpt.store import manifest
+
+if TYPE_CHECKING:
+    from blkckpt.agent import rundir
+    from blkckpt.restore import machine
+    from blkckpt.store import manifest
+
+LAZY, EAGER = "lazy", "eager"
+"""As :mod:`blkckpt.restore.machine` calls them."""
 
 KEYS = (
     "vm, checkpoint, mode, seconds (until the guest went on), notes, supervisor, server, machine, console, log; "
@@ -22,8 +29,8 @@ KEYS = (
 
 mode_option = click.option(
     "--mode",
-    type=click.Choice([machine.LAZY, machine.EAGER]),
-    default=machine.LAZY,
+    type=click.Choice([LAZY, EAGER]),
+    default=LAZY,
     show_default=True,
     help="lazy: memory is read when the guest touches it; eager: all of it first.",
 )
@@ -68,15 +75,23 @@ def command(
     network it is the same machine as the original: keep them apart. A checkpoint without memory is only served.
     """
     began = time.monotonic()
-    found = ours.checkpoint(target)
-    name = units.check_name(new_name or f"{target.vm}-{found.manifest.name}"[:64], "VM name")
-    with ours.reporter() as progress_:
-        chosen = with_arguments(found.manifest, extra)
-        prepared = machine.restore(ours.home, found.store, chosen, name, mode=mode, progress=progress_.update)
-        if print_only:
-            _print(ours, prepared, mode, progress_.update, as_json)
-            return
-    go_on(ours, prepared, mode=mode, detach=detach, as_json=as_json, began=began)
+    with contextlib.ExitStack() as stack:
+        # first of all: it loads while the disks and the memory of the new VM are being made
+        background = stack.enter_context(supervisor.Detached()) if detach and not print_only else None
+        found = ours.checkpoint(target)
+        name = units.check_name(new_name or f"{target.vm}-{found.manifest.name}"[:64], "VM name")
+        with ours.reporter() as progress_:
+            chosen = with_arguments(found.manifest, extra)
+            prepared = _machines().restore(ours.home, found.store, chosen, name, mode=mode, progress=progress_.update)
+            if print_only:
+                _print(ours, prepared, mode, progress_.update, as_json)
+                return
+        go_on(ours, prepared, mode=mode, detach=detach, as_json=as_json, began=began, background=background)
+
+
+def _machines() -> Any:
+    """:mod:`blkckpt.restore.machine`, loaded when the supervisor is under way: it brings numpy and asyncio."""
+    return importlib.import_module("blkckpt.restore.machine")
 
 
 def with_arguments(one: manifest.Manifest, extra: tuple[str, ...]) -> manifest.Manifest:
@@ -89,14 +104,21 @@ def with_arguments(one: manifest.Manifest, extra: tuple[str, ...]) -> manifest.M
 
 
 def go_on(
-    ours: session.Session, prepared: machine.Prepared, *, mode: str, detach: bool, as_json: bool, began: float
+    ours: session.Session,
+    prepared: machine.Prepared,
+    *,
+    mode: str,
+    detach: bool,
+    as_json: bool,
+    began: float,
+    background: supervisor.Detached | None = None,
 ) -> None:
     """Start what was prepared, in the background or in this process, and say how long it took."""
     for text in prepared.notes:
         note(ours, text)
     if detach:
         with ours.reporter() as progress_:
-            running = machine.start(prepared, progress_.update)
+            running = _machines().start(prepared, progress_.update, background)
         _report(prepared, running, mode, time.monotonic() - began, as_json)
         return
     with contextlib.ExitStack() as stack:
@@ -108,7 +130,7 @@ def go_on(
                 ours, f"VM {prepared.vm.name} goes on, {units.format_duration(time.monotonic() - began)} after the call"
             )
 
-        code = machine.run(prepared, bars.update, ready)
+        code = _machines().run(prepared, bars.update, ready)
     click.get_current_context().exit(code)
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blkckpt import errors, paths
 from blkckpt.agent import rundir
 from blkckpt.cli import names, progress
-from blkckpt.store import manifest, store
 from blkckpt.vm import definition
+
+if TYPE_CHECKING:
+    from blkckpt.store import manifest, store
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,7 @@ class Session:
 
     def store_for_writing(self, name: str) -> store.Store:
         """The store of VM *name*, made now if there is none yet."""
-        return store.Store.open_or_init(self.store_path(name))
+        return _stores().open_or_init(self.store_path(name))
 
     def stores(self, name: str | None = None) -> list[store.Store]:
         """The stores that are there: of VM *name*, or of all VMs and the home."""
@@ -61,7 +65,7 @@ class Session:
         for one in self.home.vm_names() if name is None else ():
             with contextlib.suppress(errors.CorruptError):  # a damaged VM hides no checkpoint of another
                 found.append(self.store_path(one))
-        return [store.Store.open(path) for path in dict.fromkeys(found) if path.exists()]
+        return [_stores().open(path) for path in dict.fromkeys(found) if path.exists()]
 
     def checkpoints(self, name: str | None = None) -> list[Found]:
         """The checkpoints of VM *name*, or all, the oldest first.  CorruptError if one cannot be read."""
@@ -95,3 +99,9 @@ class Session:
         if target.vm not in self.home.vm_names():
             return errors.NotFoundError(f"there is no VM {target.vm}; `blkckpt vm list` shows those there are")
         return errors.NotFoundError(f"VM {target.vm} has no checkpoint yet; take one: blkckpt checkpoint {target.vm}")
+
+
+def _stores() -> type[store.Store]:
+    """Loaded with the first use: numpy and SQLite, which several verbs do without."""
+    found: type[store.Store] = importlib.import_module("blkckpt.store.store").Store
+    return found

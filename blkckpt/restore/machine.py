@@ -146,9 +146,10 @@ def _names(prepared: Prepared) -> Collection[str]:
 # --- running it ---
 
 
-def start(prepared: Prepared, progress: Progress) -> rundir.Running:
-    """Run it in the background; returns when the guest goes on."""
-    running = supervisor.start(prepared.vm, _machine(prepared))
+def start(prepared: Prepared, progress: Progress, background: supervisor.Detached | None = None) -> rundir.Running:
+    """Run it in the background, in *background* if it was started already; returns when the guest goes on."""
+    with background or supervisor.Detached() as detached:
+        running = detached.start(prepared.vm, _machine(prepared))
     try:
         resume(prepared, progress)
     except BaseException:
