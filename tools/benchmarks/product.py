@@ -5,11 +5,13 @@ What the command line does not offer (a switch without a copy) is asked of the c
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import blkckpt
 from benchmarks import context
 from blkckpt import paths
 from blkckpt.control import client
@@ -23,6 +25,7 @@ _KEEP_ALIVE_SECONDS = 10.0
 @contextlib.contextmanager
 def sandbox(directory: Path) -> Iterator[guest.Sandbox]:
     """A home below *directory*; every process and file of it is gone when the block ends."""
+    compileall.compile_dir(Path(blkckpt.__file__).parent, quiet=1)  # as any installation does
     root = directory / "sandbox"
     root.mkdir()
     try:
