@@ -123,13 +123,13 @@ def main(arguments: Sequence[str], orders: IO[bytes], answers: IO[bytes]) -> int
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # it ends with the agent, or when its work is done
     kind, path, *rest = arguments
-    answers.write(b"ready\n")
-    answers.flush()
+    with contextlib.suppress(BrokenPipeError):  # the agent is dead already: its guest is ours at once
+        answers.write(b"ready\n")
     if orders.readline() == b"released\n":
         return 0
     return 0 if rescue(kind, path, int(rest[0]) if rest else None) else 1
 
 
 if __name__ == "__main__":
-    with os.fdopen(0, "rb") as standard_input, os.fdopen(1, "wb") as standard_output:
+    with os.fdopen(0, "rb") as standard_input, os.fdopen(1, "wb", buffering=0) as standard_output:
         sys.exit(main(sys.argv[1:], standard_input, standard_output))

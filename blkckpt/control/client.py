@@ -186,16 +186,26 @@ class Client:
             self._socket.sendall(line[sent:])
         except (BrokenPipeError, ConnectionResetError):
             pass  # refused at the door: the reason is there to be read
+        while True:
+            response = self._receive(request.method, deadline)
+            if response.identity == request.identity or (response.identity is None and response.failure):
+                return response
+            asked, answered = request.identity, response.identity
+            if not isinstance(answered, int) or not isinstance(asked, int) or answered > asked:
+                raise errors.ProtocolError(
+                    f"the disk server answered request {response.identity}, not {request.identity}"
+                )
+            # the answer to a request whose caller was interrupted (Ctrl-C) before it came
+
+    def _receive(self, method: str, deadline: float) -> wire.Response:
+        assert self._socket is not None
         while (message := self._decoder.next()) is None:
             self._socket.settimeout(max(0.001, deadline - time.monotonic()))
             data = self._socket.recv(1 << 16)
             if not data:
-                raise GoneError(f"the disk server closed the connection during {request.method}")
+                raise GoneError(f"the disk server closed the connection during {method}")
             self._decoder.feed(data)
-        response = wire.response_of(message)
-        if response.identity != request.identity and not (response.identity is None and response.failure):
-            raise errors.ProtocolError(f"the disk server answered request {response.identity}, not {request.identity}")
-        return response
+        return wire.response_of(message)
 
 
 def check_path(path: Path) -> None:

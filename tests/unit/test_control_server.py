@@ -358,3 +358,23 @@ def test_a_server_that_breaks_the_protocol(address: Path, listener: socket.socke
     with pytest.raises(errors.ProtocolError if line else client.GoneError):
         client.Client.connect(address)
     thread.join(10)
+
+
+def test_the_answer_of_an_interrupted_request_is_passed_over(address: Path, listener: socket.socket) -> None:
+    """Rule A3: after Ctrl-C during a request, the requests that take everything back still get their answers."""
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            for stale in (b"", b'{"jsonrpc":"2.0","id":0,"result":{"stale":true}}\n'):
+                identity = json.loads(connection.recv(1000))["id"]
+                body = {"version": 1, "server": "s", "vm": "vm", "pid": 1, "disks": {}}
+                connection.sendall(
+                    stale + json.dumps({"jsonrpc": "2.0", "id": identity, "result": body}).encode() + b"\n"
+                )
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with client.Client.connect(address) as connected:
+        assert "stale" not in connected.status()
+    thread.join(10)
