@@ -159,7 +159,7 @@ def _print(
             f"{_source(prepared)} holds disks only: there is no command to print; "
             f"VM {prepared.vm.name} is ready: blkckpt serve {prepared.vm.name}"
         )
-    line = machine.shell_line(prepared, progress)
+    line = _machines().shell_line(prepared, progress)
     for text in prepared.notes:
         note(ours, text)
     note(ours, f"its disks must be served while it runs: blkckpt serve {prepared.vm.name} --detach")
