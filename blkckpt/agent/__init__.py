@@ -6,6 +6,7 @@
 ``checkpoint``      the actions themselves; the timings
 ``machine``         the hypervisor's part of the actions
 ``receiver``        our end of the memory receiver, a child process
+``turn``            whose turn it is at the guest
 ``guard``           the child that continues a guest whose agent was killed
 ``supervisor``      runs a VM: nbdkit and QEMU (with ``nbdserver``, ``qemuargs``, ``rundir``)
 ``forget``          removes a VM
@@ -25,7 +26,8 @@ Rules:
 * **A2** Every wait has a deadline: fixed for answers, "nothing has moved for five minutes" for work of unknown length.
 * **A3** A checkpoint that failed leaves no manifest, no frozen layer, no growing overlay, no raw memory image, and
   QEMU's migration settings as they were.
-* **A4** One checkpoint of a VM at a time; a second is refused at once.
+* **A4** One checkpoint of a VM has its turn at a time, from its beginning until its memory is saved: a second is
+  refused at once, or waits.  After that any number may be under way, up to a limit of the disks.
 
 Write order: disk images and memory images are durable, then the manifest, then the overlays are committed.
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from blkckpt import errors, paths
-from blkckpt.agent import guard, machine, plan, receiver
+from blkckpt.agent import guard, machine, plan, receiver, turn
 from blkckpt.control import client, messages
 from blkckpt.disk import barrier
 from blkckpt.store import manifest
@@ -58,7 +58,7 @@ class CheckpointOptions:
     *pause*: ``barrier``; ``explicit`` (also for guests that cannot be snapshot in the background); ``auto`` (barrier
     where it works, else explicit).  *keep_memory*: raw memory images of so many of the newest checkpoints are kept
     for lazy restore.  *rate*: bytes a second of the disk copy.  *qmp*: the QMP socket if it is not the VM's own.
-    *notes*: sentences to keep in the manifest.
+    *notes*: sentences to keep in the manifest.  *wait*: seconds to wait for a checkpoint that has its turn.
     """
 
     name: str | None = None
@@ -69,6 +69,7 @@ class CheckpointOptions:
     keep_memory: int = 2
     qmp: Path | None = None
     notes: tuple[str, ...] = ()
+    wait: float = 0.0
 
 
 class Checkpoint:
@@ -82,10 +83,11 @@ class Checkpoint:
         name: str,
         control: client.Client,
         guest: machine.Machine | None,
+        held: turn.Turn,
         progress: Progress,
     ) -> None:
         self.vm, self._store, self._options, self.name = vm, store, options, name
-        self._control, self._guest, self._progress = control, guest, progress
+        self._control, self._guest, self._turn, self._progress = control, guest, held, progress
         self._timings: dict[str, float] = {}
         self._begun: dict[str, float] = {}
         self._notes = list(options.notes)
@@ -338,6 +340,9 @@ class Checkpoint:
     def _await_memory(self) -> None:
         self._pump(lambda: self._received is not None)
 
+    def _end_turn(self) -> None:
+        self._turn.give_back()
+
     def _await_copy(self) -> None:
         self._pump(lambda: self._copied is not None)
 
@@ -403,7 +408,7 @@ class Checkpoint:
             id=self._id,
             created_ns=self._created_ns,
             disks=disks,
-            parent=self._previous[-1].name if self._previous else None,
+            parent=self._parent(),
             memory=self._received.memory if self._received else None,
             machine=self._info,
             consistency=consistency,
@@ -414,6 +419,11 @@ class Checkpoint:
         with self._timed("publish"):
             self._store.put_manifest(built)
         self._published = built
+
+    def _parent(self) -> str | None:
+        """The checkpoint before this one: of those that have not failed and are not still being saved."""
+        before = [one.name for one in self._store.manifests(self.vm.name) if one.created_ns < self._created_ns]
+        return before[-1] if before else None
 
     def _commit(self) -> None:
         with self._timed("commit"):
@@ -443,12 +453,18 @@ class Checkpoint:
         return self._published
 
     def _forget_old_memory(self) -> None:
-        """Raw memory images of older checkpoints: the store has them all; these only made a lazy restore quicker."""
-        kept = [one.name for one in self._previous if one.memory] + ([self.name] if self._received else [])
-        keep = set(kept[-self._options.keep_memory :] if self._options.keep_memory else ())
-        for directory in self.vm.memory.iterdir() if self.vm.memory.is_dir() else ():
-            if directory.name not in keep:
-                shutil.rmtree(directory, ignore_errors=True)
+        """Raw memory images of older checkpoints: the store has them all; these only made a lazy restore quicker.
+
+        Those of checkpoints under way stay.  One that has its turn may not be known to the disk server yet; then the
+        forgetting is left to it.
+        """
+        with contextlib.suppress(errors.BlkckptError), turn.take(self.vm):
+            kept = [one.name for one in self._store.manifests(self.vm.name) if one.memory]
+            keep = set(kept[-self._options.keep_memory :] if self._options.keep_memory else ())
+            keep.update(one["checkpoint"] for one in self._control.status()["rounds"])
+            for directory in self.vm.memory.iterdir() if self.vm.memory.is_dir() else ():
+                if directory.name not in keep:
+                    shutil.rmtree(directory, ignore_errors=True)
 
     # --- taking back ---
 

@@ -16,6 +16,9 @@ Modes (numbers are the steps of the procedure)::
 Commit point: PUBLISH puts the manifest.  Everything that fails before it is taken back (A3).  After it nothing is:
 the checkpoint is whole, and the disks return to rest by themselves whether or not COMMIT is heard.
 
+Turns (A4).  From the beginning until END_TURN no other checkpoint of the VM begins.  After it others may be under way
+too, each with its own row here; they are copied in their order and end in any.
+
 Abort rows.  The guest comes first: thaw, let the migration end (a background snapshot that breaks off hangs it, see
 :mod:`blkckpt.agent.drain`), continue; then the receiver, the disks, residue.  Each abort action finds out for itself
 whether there is anything to do, so a row may name more than was reached.
@@ -92,6 +95,7 @@ class Action(enum.Enum):
     AWAIT_COPY = "wait for the copy"
     CHECK_MIGRATION = "check that the migration completed undisturbed"
     RESTORE_CAPABILITIES = "put capabilities and parameters back"
+    END_TURN = "let the next checkpoint begin"
     PUBLISH = "put the manifest (832)"
     COMMIT = "commit the overlays (834)"
 
@@ -144,6 +148,7 @@ _SAVE_MACHINE = (
     _A.CHECK_MIGRATION,
     _A.RELEASE_GUARD,
     _A.RESTORE_CAPABILITIES,
+    _A.END_TURN,
     _A.AWAIT_COPY,
 )
 
@@ -171,13 +176,13 @@ _CHAINS: Mapping[Mode, tuple[Step, ...]] = MappingProxyType({
         (State.STOPPING, (_A.STOP_GUEST,)),
         (State.SWITCHING, (_A.SWITCH_NOW,)),
         (State.RESUMING, (_A.MIGRATE, _A.CHECK_MIGRATION, _A.CONTINUE_GUEST, _A.RELEASE_GUARD)),
-        (State.SAVING, (_A.START_COPY, _A.RESTORE_CAPABILITIES, _A.AWAIT_MEMORY, _A.AWAIT_COPY)),
+        (State.SAVING, (_A.START_COPY, _A.RESTORE_CAPABILITIES, _A.AWAIT_MEMORY, _A.END_TURN, _A.AWAIT_COPY)),
         *_TAIL,
     ),
     Mode.DISKS: (
         (State.PREPARING, (_A.PREPARE_DISKS,)),
         (State.SWITCHING, (_A.SWITCH_NOW,)),
-        (State.SAVING, (_A.START_COPY, _A.AWAIT_COPY)),
+        (State.SAVING, (_A.START_COPY, _A.END_TURN, _A.AWAIT_COPY)),
         *_TAIL,
     ),
     Mode.FROZEN: (
@@ -185,7 +190,7 @@ _CHAINS: Mapping[Mode, tuple[Step, ...]] = MappingProxyType({
         (State.SETTING_UP, (_A.START_GUARD, _A.AWAIT_GUARD)),
         (State.FREEZING, (_A.FREEZE,)),
         (State.SWITCHING, (_A.SWITCH_NOW, _A.THAW, _A.RELEASE_GUARD)),
-        (State.SAVING, (_A.START_COPY, _A.AWAIT_COPY)),
+        (State.SAVING, (_A.START_COPY, _A.END_TURN, _A.AWAIT_COPY)),
         *_TAIL,
     ),
 })  # fmt: skip

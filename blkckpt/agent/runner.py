@@ -1,6 +1,6 @@
 """Takes a checkpoint: performs the actions of :mod:`blkckpt.agent.plan`.
 
-One agent at a time per VM (a lock in its directory; a second is refused at once).  It talks to three peers: the disk
+It talks to three peers: the disk
 server over the control socket (whose connection is the lease: if we vanish, the disks go back to rest, D7), QEMU over
 QMP, and the memory receiver, a child.  Every wait has a deadline (A2); waits for work of unknown length end when
 nothing has moved for :data:`STALL_SECONDS`, and renew the lease by asking.
@@ -9,15 +9,13 @@ nothing has moved for :data:`STALL_SECONDS`, and renew the lease by asking.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from blkckpt import errors, log, paths, units
-from blkckpt.agent import checkpoint, machine, plan
+from blkckpt.agent import checkpoint, machine, plan, turn
 from blkckpt.control import client
 from blkckpt.store import manifest
 from blkckpt.store import store as stores
@@ -46,14 +44,17 @@ def take(
 ) -> manifest.Manifest:
     """Take a checkpoint of the running *vm* into *store*; returns its manifest.
 
-    Raises what failed, after everything has been taken back (A3); ``KeyboardInterrupt`` likewise.
+    Another checkpoint of the VM may be in its later stages meanwhile (:mod:`turn`).  Raises what failed, after
+    everything has been taken back (A3); ``KeyboardInterrupt`` likewise.
     """
     if options.pause not in PAUSES:
         raise errors.InputError(f"--pause {options.pause}: one of {', '.join(PAUSES)}")
     began = time.monotonic()
-    with _alone(vm), store.hold(), contextlib.ExitStack() as stack:
+    with turn.take(vm, options.wait) as held, store.hold(), contextlib.ExitStack() as stack:
         name = _choose_name(store, vm.name, options.name)
         control = stack.enter_context(client.Client.connect(vm.control_socket, name=f"checkpoint {name}"))
+        if options.name is None:
+            name = _choose_name(store, vm.name, None, {one["checkpoint"] for one in control.status()["rounds"]})
         _check_server(control, wanted)
         guest = None
         if not options.disks_only:
@@ -61,29 +62,14 @@ def take(
             guest = machine.Machine(session)
             guest.check()
         mode = _choose_mode(options, guest)
-        work = checkpoint.Checkpoint(vm, store, options, name, control, guest, progress)
+        work = checkpoint.Checkpoint(vm, store, options, name, control, guest, held, progress)
         stack.callback(work.close)
         return _Runner(plan.Plan(mode), work, began).run()
 
 
-@contextlib.contextmanager
-def _alone(vm: paths.VmPaths) -> Iterator[None]:
-    """The lock of checkpoints of *vm*: a second one is refused, not queued."""
-    descriptor = os.open(vm.root / "checkpoint.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise errors.StateError(
-                f"a checkpoint of VM {vm.name} is being taken already; try again when it is done"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _choose_name(store: stores.Store, vm: str, wanted: str | None) -> str:
-    taken = {name for _, name in store.names(vm)}
+def _choose_name(store: stores.Store, vm: str, wanted: str | None, under_way: Collection[str] = ()) -> str:
+    """*wanted*, else the time; the disk server refuses a wanted name that is under way."""
+    taken = {name for _, name in store.names(vm)}.union(under_way)
     if wanted is not None:
         units.check_name(wanted, "checkpoint name")
         if wanted in taken:

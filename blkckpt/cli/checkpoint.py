@@ -53,6 +53,10 @@ KEPT = 2
     "--keep-memory", type=click.IntRange(0), default=KEPT, show_default=True, metavar="N",
     help="Keep the unpacked memory of the N newest checkpoints, for the quickest restore; 0 keeps none.",
 )  # fmt: skip
+@click.option(
+    "--wait", type=click.FloatRange(0, 86400), default=0.0, show_default=True, metavar="SECONDS",
+    help="Wait so long for another checkpoint of the VM whose memory is still being saved.",
+)  # fmt: skip
 @click.option("--rate", metavar="SIZE", help="Copy at most so many bytes of the disks a second, for example 50M.")
 @verb.json_option
 @click.pass_obj
@@ -67,6 +71,7 @@ def command(
     qmp: Path | None,
     keep_memory: int,
     rate: str | None,
+    wait: float,
     as_json: bool,
 ) -> None:
     """Take a checkpoint of a running VM: disks, memory and devices, all of one instant, while it runs on.
@@ -83,6 +88,7 @@ def command(
         keep_memory=keep_memory,
         qmp=None if qmp is None else qmp.absolute(),
         notes=notes,
+        wait=wait,
     )
     _check_choices(options)
     running = rundir.find(vm)

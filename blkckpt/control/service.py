@@ -3,11 +3,12 @@
 Translation only: parameters to calls, results to messages.  The states are the group's
 (:class:`blkckpt.disk.api.State`), and it refuses what does not fit.  What is added here is the *driver*:
 
-* The connection whose ``prepare`` succeeded is the driver.  ``arm``, ``switch``, ``disarm``, ``copy`` and
-  ``commit`` are for it alone; ``abort`` is for anybody of the same user (a stuck agent must be removable).
-* Every message of the driver renews the lease for ``LEASE_SECONDS``; the group counts the time.  ``arm`` flushes,
+* The connection whose ``prepare`` succeeded is the driver of that checkpoint, and drives no other meanwhile.  ``arm``,
+  ``switch``, ``disarm``, ``copy`` and ``commit`` are for it alone.  ``abort`` of a driver is about its own checkpoint;
+  anybody else of the same user aborts all there are (a stuck agent must be removable).
+* Every message of a driver renews its lease for ``LEASE_SECONDS``; the group counts the time.  ``arm`` flushes,
   which may take long, and keeps the lease until it has answered.
-* When the driver's connection ends, for whatever reason, ``abort`` is called at once (rule D7).  The group
+* When a driver's connection ends, for whatever reason, its checkpoint is aborted at once (rule D7).  The group
   does not undo a commit that has begun: then it just goes on.
 * A server that stops takes nothing back.  What was under way is decided by the next one that opens the group.
 
@@ -48,14 +49,20 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The group's status as JSON, with who drives it."""
+    """The group's status as JSON, with who drives each checkpoint (*driver*: the newest)."""
 
     status: api.GroupStatus
-    driver: server.Session | None
+    drivers: Mapping[str, server.Session]
 
     def encode(self) -> dict[str, Any]:
-        driver = self.driver and {"pid": self.driver.peer_pid, "client": self.driver.client}
-        return {**_plain(self.status), "driver": driver}
+        plain = _plain(self.status)
+        for one in plain["rounds"]:
+            one["driver"] = _who(self.drivers.get(one["checkpoint"]))
+        return {**plain, "driver": plain["rounds"][-1]["driver"] if plain["rounds"] else None}
+
+
+def _who(driver: server.Session | None) -> dict[str, Any] | None:
+    return None if driver is None else {"pid": driver.peer_pid, "client": driver.client}
 
 
 def _plain(value: Any) -> Any:
@@ -85,8 +92,9 @@ class Service:
         self._copy_command = tuple(copy_command)
         self._stop = stop
         self._lock = threading.Lock()
-        self._driver: server.Session | None = None
+        self._drivers: dict[str, server.Session] = {}  # by checkpoint
         self._barrier: barrier.ResumeBarrier | None = None
+        self._arming: server.Session | None = None  # whose barrier that is
         self._stopping = False
         empty = messages.Empty.decode
         self._verbs = {
@@ -113,22 +121,23 @@ class Service:
         return messages.Welcome(messages.VERSION, self._identity.server, self._identity.vm, os.getpid(), sizes)
 
     def heard(self, session: server.Session) -> None:
-        """Renew the driver's lease."""
-        if session is self._driver:
-            self._group.renew(LEASE_SECONDS)
+        """Renew the lease of the checkpoint that *session* drives."""
+        if checkpoint := self._driven(session):
+            self._group.renew(LEASE_SECONDS, checkpoint)
 
     def gone(self, session: server.Session) -> None:
         """Rule D7: a driver that is gone leaves the disks to themselves."""
         with self._lock:
-            if session is not self._driver:
+            checkpoint = self._driven(session)
+            if checkpoint is None:
                 return
-            self._driver = None
+            del self._drivers[checkpoint]
             stopping = self._stopping
-        if not stopping and self._group.status().state is not api.State.REST:
-            fields = {"client": session.client, "pid": session.peer_pid}
-            logger.warning("the driver of a checkpoint is gone; back to rest", extra={"fields": fields})
-            self._group.abort()
-        self._drop_barrier()
+        if not stopping and checkpoint in self._under_way():
+            fields = {"client": session.client, "pid": session.peer_pid, "checkpoint": checkpoint}
+            logger.warning("the driver of a checkpoint is gone; it is given up", extra={"fields": fields})
+            self._group.abort(checkpoint)
+        self._drop_barrier(of=session)
 
     def close(self) -> None:
         """The server is stopping: connections that end from now on take nothing back."""
@@ -138,61 +147,70 @@ class Service:
     # The verbs.
 
     def _status(self, session: server.Session, params: messages.Empty, _: list[int]) -> Status:
-        status = self._group.status()
-        return Status(status, None if status.state is api.State.REST else self._driver)
+        with self._lock:
+            drivers = dict(self._drivers)
+        return Status(self._group.status(), drivers)
 
     def _prepare(self, session: server.Session, params: messages.Prepare, _: list[int]) -> messages.Empty:
+        driven = self._driven(session)
+        if driven in self._under_way():
+            raise errors.StateError(f"this connection drives checkpoint {driven}; prepare another on another one")
         self._group.prepare(params.checkpoint, LEASE_SECONDS)
         with self._lock:
-            self._driver = session
+            if driven is not None:
+                del self._drivers[driven]
+            self._drivers[params.checkpoint] = session
         return messages.Empty()
 
     def _arm(self, session: server.Session, params: messages.Arm, descriptors: list[int]) -> messages.Empty:
         watch = _barrier_of(descriptors[0])
         try:
-            self._check_driver(session)
-            self._group.renew(messages.FLUSH_SECONDS)  # it waits for us now: its silence means nothing
-            self._group.arm(watch, time.monotonic() + params.deadline)
+            checkpoint = self._check_driver(session)
+            self._group.renew(messages.FLUSH_SECONDS, checkpoint)  # it waits for us now: its silence means nothing
+            self._group.arm(watch, time.monotonic() + params.deadline, checkpoint)
         except BaseException:
             watch.close()
             raise
         finally:
             self.heard(session)
-        self._drop_barrier(watch)
+        self._drop_barrier(watch, session)
         return messages.Empty()
 
     def _switch(self, session: server.Session, params: messages.Switch, _: list[int]) -> messages.Switched:
-        self._check_driver(session)
+        checkpoint = self._check_driver(session)
         now = params.mode == messages.SWITCH_NOW
-        state = self._group.switch() if now else self._group.poll_barrier()
+        state = self._group.switch(checkpoint) if now else self._group.poll_barrier(checkpoint)
         if not state.waiting:
-            self._drop_barrier()
+            self._drop_barrier(of=session)
         return messages.Switched(state.switched, state.waiting, state.violation, state.instant)
 
     def _disarm(self, session: server.Session, params: messages.Empty, _: list[int]) -> messages.Empty:
-        self._check_driver(session)
-        self._group.disarm()
-        self._drop_barrier()
+        self._group.disarm(self._check_driver(session))
+        self._drop_barrier(of=session)
         return messages.Empty()
 
     def _copy(self, session: server.Session, params: messages.Copy, _: list[int]) -> messages.Started:
-        self._check_driver(session)
+        checkpoint = self._check_driver(session)
         for name in params.parents:
             if name not in self._group.disks:
                 raise errors.NotFoundError(f"copy, parents: VM {self._identity.vm} has no disk {name}")
-        label = f"{self._identity.vm}@{self._group.status().checkpoint}"
         started = self._group.start_copy(
-            params.store, params.parents, rate=params.rate, label=label, command=self._copy_command
+            params.store,
+            params.parents,
+            rate=params.rate,
+            label=f"{self._identity.vm}@{checkpoint}",
+            command=self._copy_command,
+            checkpoint=checkpoint,
         )
         return messages.Started(started.id)
 
     def _commit(self, session: server.Session, params: messages.Empty, _: list[int]) -> messages.Started:
-        self._check_driver(session)
-        return messages.Started(self._group.commit().id)
+        return messages.Started(self._group.commit(self._check_driver(session)).id)
 
     def _abort(self, session: server.Session, params: messages.Empty, _: list[int]) -> messages.Started:
-        started = self._group.abort()
-        self._drop_barrier()
+        checkpoint = self._driven(session)
+        started = self._group.abort(checkpoint)
+        self._drop_barrier(of=None if checkpoint is None else session)
         return messages.Started(started.id)
 
     def _wait(self, session: server.Session, params: messages.Wait, _: list[int]) -> messages.JobState:
@@ -208,17 +226,30 @@ class Service:
 
     # Helpers.
 
-    def _check_driver(self, session: server.Session) -> None:
-        driver = self._driver
-        if driver is session:
-            return
-        if driver is None or self._group.status().state is api.State.REST:
-            raise errors.StateError("no checkpoint is under way on this connection; prepare first")
-        raise errors.StateError(f"a checkpoint is under way, driven by {driver.client} (pid {driver.peer_pid})")
+    def _driven(self, session: server.Session) -> str | None:
+        """The checkpoint that *session* prepared last."""
+        return next((name for name, driver in list(self._drivers.items()) if driver is session), None)
 
-    def _drop_barrier(self, successor: barrier.ResumeBarrier | None = None) -> None:
+    def _under_way(self) -> Mapping[str, api.RoundStatus]:
+        return {one.checkpoint: one for one in self._group.status().rounds}
+
+    def _check_driver(self, session: server.Session) -> str:
+        """The checkpoint under way that *session* drives; StateError if it drives none."""
+        driven, under_way = self._driven(session), self._under_way()
+        if driven in under_way:
+            assert driven is not None
+            return driven
+        for name, driver in list(self._drivers.items()):
+            if name in under_way:
+                raise errors.StateError(f"checkpoint {name} is driven by {driver.client} (pid {driver.peer_pid})")
+        raise errors.StateError("no checkpoint is under way on this connection; prepare first")
+
+    def _drop_barrier(self, successor: barrier.ResumeBarrier | None = None, of: server.Session | None = None) -> None:
+        """Close the barrier if it is *of* that session's arming (``None``: whoever's) and watch *successor* instead."""
         with self._lock:
-            before, self._barrier = self._barrier, successor
+            if successor is None and of is not None and of is not self._arming:
+                return
+            before, self._barrier, self._arming = self._barrier, successor, of if successor else None
         if before:
             before.close()
 

@@ -106,13 +106,29 @@ class DiskStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class RoundStatus:
+    """A checkpoint under way.  *stage* is ``preparing``, ``prepared``, ``armed`` or ``switched``."""
+
+    checkpoint: str
+    stage: str
+    instant: int | None
+    copied: bool
+    copy: JobStatus | None
+
+
+@dataclass(frozen=True, slots=True)
 class GroupStatus:
-    """All disks of a VM."""
+    """All disks of a VM.
+
+    *rounds* are the checkpoints under way, oldest first; *state*, *checkpoint*, *violation* and *instant* are those of
+    the newest.
+    """
 
     state: State
     checkpoint: str | None
     violation: str | None
     instant: int | None
+    rounds: tuple[RoundStatus, ...]
     job: JobStatus | None
     warning: str | None  # what background work is waiting for, e.g. space in the base
     disks: tuple[DiskStatus, ...]

@@ -1,14 +1,14 @@
-"""What goes on while the disks are at rest: filling restored disks from their images."""
+"""What goes on behind the guest: overlays are committed, and restored disks are filled from their images."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from blkckpt import errors
 from blkckpt.disk import format as formats
-from blkckpt.disk import job, member, statefile
+from blkckpt.disk import job, layer, member, statefile
 
 T = TypeVar("T")
 
@@ -37,6 +37,74 @@ def patiently(work: Callable[[], T], doing: str, warn: Callable[[str | None], No
         delay = min(delay * 2, RETRY_MOST)
 
 
+class Emptier:
+    """Commits free overlays: those without a claim to stay.  *held* says which overlays checkpoints need.
+
+    Used from any number of threads, which take turns.  *states* is held from reading a disk's state to its replacement.
+    """
+
+    def __init__(
+        self,
+        members: Mapping[str, member.Member],
+        file: statefile.StateFile,
+        states: threading.RLock,
+        gate_lock: threading.Lock,
+        held: Callable[[], frozenset[str]],
+        warn: Callable[[str | None], None],
+        stop: threading.Event,
+    ) -> None:
+        self._members = members
+        self._file = file
+        self._states = states
+        self._gate_lock = gate_lock
+        self._held = held
+        self._warn = warn
+        self._stop = stop
+        self._turn = threading.Lock()
+        self._at_work = False
+
+    @property
+    def busy_locked(self) -> bool:
+        """Whether an overlay is free, or on its way down."""
+        return self._at_work or self._free_locked() is not None
+
+    def _free_locked(self) -> tuple[member.Member, layer.Overlay] | None:
+        """A disk and its lowest free overlay, if there is one."""
+        held = self._held()
+        for item in self._members.values():
+            if (overlay := item.to_commit(held)) is not None:
+                return item, overlay
+        return None
+
+    def run(self, progress: Callable[[int, int], None]) -> None:
+        """Commit every free overlay, the lowest first; always ends (D8), unless stopped."""
+        with self._turn:
+            while True:
+                with self._gate_lock:
+                    free = self._free_locked()
+                    self._at_work = free is not None
+                if free is None:
+                    return
+                try:
+                    self._commit(*free, progress)
+                except BaseException:
+                    self._at_work = False
+                    raise
+
+    def _commit(self, item: member.Member, overlay: layer.Overlay, progress: Callable[[int, int], None]) -> None:
+        pace = job.Pace(self._stop, lambda: item.disk.activity)
+
+        def commit() -> None:
+            item.empty(overlay, pace, progress)
+            with self._states:
+                state = item.without(overlay)
+                self._file.save({state.name: state})
+                item.state = state
+
+        patiently(commit, f"committing disk {item.disk.name}", self._warn, self._stop)
+        item.forget(overlay, self._stop)
+
+
 class Filler:
     """The thread that fills disks, one after the other.  *warn* is told why it waits, and ``None`` when it goes on.
 
@@ -50,7 +118,8 @@ class Filler:
         self._thread: threading.Thread | None = None
 
     def start(self, members: Sequence[member.Member]) -> None:
-        if members:
+        """Fill *members*; no effect while they are being filled.  Waits for nothing."""
+        if members and not (self._thread is not None and self._thread.is_alive()):
             self._stop = threading.Event()
             self._thread = threading.Thread(target=self._run, args=(members, self._stop), name="disk-fill", daemon=True)
             self._thread.start()

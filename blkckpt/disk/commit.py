@@ -5,7 +5,8 @@ it is not the target at all; and the epochs before that view are drained.  So on
 the guest writes.  Per window of at most :data:`WINDOW_BYTES`:
 
 1. hold off writers of exactly these blocks (readers go on: the overlay's data stays where it is);
-2. copy them down, holes as holes (below it sets the changed bits, or present bits and D2's order with them);
+2. mark them in the overlay's map of changes, and copy them down, holes as holes (an overlay below sets present bits,
+   and D2's order with them);
 3. make the layer below durable, all of it;
 4. clear the bits in the live map.
 
@@ -21,8 +22,9 @@ Any layer can be below: the base, the file of a restored disk, or an older overl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
-from blkckpt.disk import blocks, chain, epoch, job, layer
+from blkckpt.disk import blocks, chain, epoch, job, layer, maps
 
 WINDOW_BYTES = 4 << 20
 """Bounds how long a guest write can wait: about 10 ms of copying and one sync on a local SSD."""
@@ -91,8 +93,10 @@ def _move(gate: Gate, overlay: layer.Overlay, window: Sequence[tuple[int, int]],
     _sync_below(gate, overlay)
     ticket = gate.exclude(window)
     try:
-        view = ticket.view
+        view = ticket.view.replace(changed=cast(maps.LiveMap, maps.UNMARKED))
         index = view.layers.index(overlay)
+        for first, end in window:
+            overlay.changes.mark(first, end)
         moved = sum(copy_down(view, index, first, end, scratch) for first, end in window)
         chain.flush(view, index + 1)
         for first, end in window:

@@ -4,12 +4,13 @@ Per disk one child is started with the frozen layers' descriptors, read-only, an
 standard input, which then stays open: end of file there means that the parent is gone, or wants it to stop::
 
     {"version": 1, "disk": "vda", "size": N,
-     "layers": [{"kind": "overlay", "fd": 5, "map_fd": 6}, …, {"kind": "raw", "fd": 7} or
+     "layers": [{"kind": "overlay", "fd": 5, "map_fd": 6, "inherited": false}, …, {"kind": "raw", "fd": 7} or
                 {"kind": "image", "store": "/path", "image": "id"}],       newest first
      "changed": {"map_fd": 8} or null, "store": "/path", "parent": "image id" or null,
      "rate": bytes a second or null, "label": "VM@CKPT/vda"}
 
-``map_fd`` is a live map file (:mod:`blkckpt.disk.format`).  ``changed`` null: not known, read and compare everything.
+``map_fd`` is a live map file (:mod:`blkckpt.disk.format`).  ``inherited``: the parent has what this overlay holds.
+``changed`` null: not known, read and compare everything.
 The child answers with lines of JSON: any number of ``{"progress": {"done", "total"}}``, then exactly one
 ``{"result": {…}}`` (exit 0) or ``{"error": {"type", "message", "errno"}}`` (exit 1).  Anything else, silence at the
 end, or a signal is a failed copy: no checkpoint (A3).
@@ -37,21 +38,30 @@ KILL_AFTER = 5.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FrozenDisk:
-    """One disk as of the switch.  The view is drained; *changed* is ``None`` when it is not known (D13)."""
+    """One disk as of the switch.  The view is drained; *changed* is ``None`` when it is not known (D13).
+
+    *parent* is the image that *changed* is relative to, else one to compare with; it has the writes of the overlays
+    *inherited* (ids).  The layers' files stay open until :meth:`release`, which may be called more than once.
+    """
 
     name: str
     view: chain.View
     source: api.ImageRef | None
     changed: maps.LiveMap | None
+    parent: str | None
+    inherited: frozenset[str]
+    held: contextlib.ExitStack
+
+    def release(self) -> None:
+        self.held.close()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CopyOptions:
-    """Where to, relative to what, how fast, by which program."""
+    """Where to, how fast, by which program."""
 
     command: Sequence[str]
     store: str
-    parent: str | None
     rate: int | None
     label: str
 
@@ -60,6 +70,7 @@ def copy(frozen: FrozenDisk, options: CopyOptions, progress: Callable[[int, int]
     """Run the child of one disk to its end; returns its result.  Raises what it reported, or StateError if stopped."""
     with contextlib.ExitStack() as stack:
         described, descriptors = _describe(frozen, options, stack)
+        frozen.release()
         child = _spawn(options.command, descriptors)
         stack.callback(_reap, child)
         watcher = threading.Thread(target=_stop_on, args=(child, stop), daemon=True, name="copy-stop")
@@ -78,15 +89,19 @@ def _describe(
         return descriptor
 
     layers: list[dict[str, Any]] = [
-        {"kind": "overlay", "fd": share(overlay.file.reopen()), "map_fd": share(overlay.bits.reopen())}
+        {
+            "kind": "overlay",
+            "fd": share(overlay.file.reopen()),
+            "map_fd": share(overlay.bits.reopen()),
+            "inherited": overlay.id in frozen.inherited,
+        }
         for overlay in frozen.view.layers
     ]
     if isinstance(frozen.view.floor, fileio.File):
         layers.append({"kind": "raw", "fd": share(frozen.view.floor.reopen())})
     elif frozen.source is not None:
         layers.append({"kind": "image", **dataclasses.asdict(frozen.source)})
-    known = options.parent is not None and frozen.changed is not None
-    changed = {"map_fd": share(frozen.changed.reopen())} if known and frozen.changed is not None else None
+    changed = {"map_fd": share(frozen.changed.reopen())} if frozen.changed is not None else None
     described = {
         "version": 1,
         "disk": frozen.name,
@@ -94,7 +109,7 @@ def _describe(
         "layers": layers,
         "changed": changed,
         "store": options.store,
-        "parent": options.parent,
+        "parent": frozen.parent,
         "rate": options.rate,
         "label": options.label,
     }
@@ -195,17 +210,25 @@ def _reap(child: subprocess.Popen[bytes]) -> None:
         child.stdout.close()
 
 
-def run_all(frozen: Sequence[FrozenDisk], options: Mapping[str, CopyOptions], running: job.Job) -> dict[str, Any]:
-    """Copy disk after disk; the job's progress is that of all of them."""
-    sizes = {disk.name: disk.view.size for disk in frozen}
+def run_all(
+    sizes: Mapping[str, int],
+    freeze: Callable[[str], FrozenDisk],
+    options: Mapping[str, CopyOptions],
+    running: job.Job,
+) -> dict[str, Any]:
+    """Copy disk after disk (name → size); the job's progress is that of all of them."""
+    totals = dict(sizes)
     finished: dict[str, Any] = {}
-    for disk in frozen:
-        others = {name: size for name, size in sizes.items() if name != disk.name}
-        before = sum(size for name, size in others.items() if name in finished)
+    for name in sizes:
+        before = sum(total for other, total in totals.items() if other in finished)
 
-        def tell(done: int, total: int, name: str = disk.name, before: int = before) -> None:
-            sizes[name] = total
-            running.progress(before + done, sum(sizes.values()))
+        def tell(done: int, total: int, name: str = name, before: int = before) -> None:
+            totals[name] = total
+            running.progress(before + done, sum(totals.values()))
 
-        finished[disk.name] = copy(disk, options[disk.name], tell, running.cancelled)
+        frozen = freeze(name)
+        try:
+            finished[name] = copy(frozen, options[name], tell, running.cancelled)
+        finally:
+            frozen.release()
     return finished

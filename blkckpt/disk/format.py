@@ -205,8 +205,8 @@ class DiskState:
     """One disk: its layers, newest overlay first.
 
     *fill* is the id of the presence map of the file at *path* while the disk still has a *source*.  *changed*
-    collects the changes now (or from the switch on, while a checkpoint is under way); *frozen* is the one that
-    ended, or will end, at the switch.
+    collects the changes now (or will, from the switch of the checkpoint that is prepared, on); *frozen* are the maps of
+    checkpoints under way, oldest first: each ended, or will end, at that checkpoint's switch.
     """
 
     name: str
@@ -214,7 +214,7 @@ class DiskState:
     size: int
     changed: ChangedState
     overlays: tuple[OverlayState, ...] = ()
-    frozen: ChangedState | None = None
+    frozen: tuple[ChangedState, ...] = ()
     source: api.ImageRef | None = None
     fill: str | None = None
 
@@ -227,7 +227,6 @@ class GroupState:
     disks: tuple[DiskState, ...]
     clean: bool = True
     boot: str = ""
-    checkpoint: str | None = None
 
 
 def encode_state(state: GroupState) -> bytes:
@@ -271,15 +270,17 @@ def _disk(body: dict[str, Any]) -> DiskState:
     units.check_name(body["name"], "disk name")
     if not isinstance(body["size"], int) or body["size"] <= 0:
         raise ValueError(f"size {body['size']!r}")
-    source, frozen, fill = body.pop("source"), body.pop("frozen"), body.pop("fill")
+    source, fill = body.pop("source"), body.pop("fill")
+    frozen = tuple(ChangedState(**entry) for entry in body.pop("frozen"))
     overlays = tuple(OverlayState(**entry) for entry in body.pop("overlays"))
     changed = ChangedState(**body.pop("changed"))
-    for layer in (changed.id, *(overlay.id for overlay in overlays), *([fill] if fill else [])):
+    maps, layers = [entry.id for entry in (changed, *frozen)], [entry.id for entry in overlays]
+    for layer in maps + layers + ([fill] if fill else []):
         check_layer_id(layer)
     return DiskState(
         changed=changed,
         overlays=overlays,
-        frozen=ChangedState(**frozen) if frozen else None,
+        frozen=frozen,
         source=api.ImageRef(**source) if source else None,
         fill=fill,
         **body,

@@ -1,16 +1,21 @@
-"""All disks of one VM: the state machine of a checkpoint, and what happens at start, at stop and after a crash.
+"""All disks of one VM: the checkpoints under way, and what happens at start, at stop and after a crash.
 
-States, and the method of each arrow::
+Each checkpoint is a :class:`rounds.Round` (its stages are there).  The state of the disks as a whole follows::
 
-    REST ──prepare──> PREPARED ──arm──> ARMED ──(barrier passed)──> SWITCHED ──commit──> COMMITTING ──> REST
-                          │  <──disarm, violation, deadline──┘          │                    ▲
-                          ├──────────────switch (explicit)──────────────┘                    │
-                          └───────────────────────── abort, lease over ──────────────────────┘
+    REST          no checkpoint is under way, no overlay is left
+    PREPARED, ARMED, SWITCHED                      the stage of the newest checkpoint under way
+    COMMITTING    none is, and overlays are on their way down
 
-*Locks.*  ``_control`` serialises what a driver asks; it may be held for a sync.  ``_gate_lock`` guards the state and
-the barrier, and is the lock of every disk's gate: the switch takes only this one, so it waits for nobody, and a
-request that finds the barrier passed switches all disks by itself.  ``_saving`` serialises the state file.  Order:
-control, saving, gate.
+A new checkpoint may be prepared in any of them but PREPARED and ARMED.  An overlay whose checkpoint is over is free:
+it is committed into the layer below it, whatever that is, one overlay at a time, the lowest free one first.  That
+leaves the content of every view the same (D1): a frozen chain that has the layer below has the overlay too, except
+that of the overlay's own checkpoint, which is over.
+
+*Locks.*  ``_control`` serialises what a driver asks; it may be held for a sync.  The emptier has one of its own, held
+while overlays are committed.  ``_states`` makes one step of working a disk's state out, saving it, and taking it over.
+``_gate_lock`` guards the rounds and the barrier, and is the lock of every disk's gate: the switch takes only this one,
+so it waits for nobody, and a request that finds the barrier passed switches all disks by itself.  Order: control or
+the emptier's, states, gate.
 
 *State file.*  It names the layers that exist, and nothing else is needed: the switch writes nothing, because an empty
 overlay is harmless and a filled one is found by its map.  A server that finds overlays at its start has no driver, so
@@ -24,43 +29,49 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from blkckpt import durable, errors, log, paths, units
-from blkckpt.disk import api, background, chain, copier, disk, layer, member, stack, statefile
+from blkckpt.disk import api, background, chain, copier, disk, member, rounds, stack, statefile
 from blkckpt.disk import barrier as barriers
 from blkckpt.disk import format as formats
 from blkckpt.disk import job as jobs
 
 _log = log.get(__name__)
 State = api.State
-T = TypeVar("T")
+Stage = rounds.Stage
 STOP_SECONDS = 30.0
 COPY_COMMAND = (sys.executable, "-m", "blkckpt.store.ingest")
+REMEMBERED = 64
+"""Images of past checkpoints, per disk, whose number is known."""
 
 
 class DiskGroup:
-    """All disks of one VM; one state file, so that all change state in one atomic replace."""
+    """All disks of one VM; one state file, so that all change state in one atomic replace.
+
+    Methods that take a *checkpoint* mean the newest under way when they are given none.
+    """
 
     def __init__(self, vm: paths.VmPaths, file: statefile.StateFile) -> None:
         """Use :meth:`open`."""
         self._vm = vm
         self._file = file
         self._control = threading.RLock()
+        self._states = threading.RLock()
         self._gate_lock = threading.Lock()
         self._members: dict[str, member.Member] = {}
-        self._state = State.REST
-        self._barrier: barriers.Barrier | None = None
-        self._deadline: float | None = None
-        self._lease: float | None = None
-        self._violation: str | None = None
-        self._instant: int | None = None
+        self._rounds: list[rounds.Round] = []
+        self._armed: rounds.Round | None = None
+        self._numbers = 0
+        self._origins: dict[str, tuple[int, str]] = {}  # image → number of its checkpoint, store
         self._warning: str | None = None
-        self._jobs: dict[str, jobs.Job] = {}
-        self._images: dict[str, str] | None = None  # what the copy made, until commit or abort
+        self._jobs = jobs.Registry()
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._filler = background.Filler(file, self._warn)
+        self._emptier = background.Emptier(
+            self._members, file, self._states, self._gate_lock, self._held_locked, self._warn, self._stop
+        )
         self._started = False
         self._closed = False
         self.disks: Mapping[str, disk.Disk] = {}
@@ -96,14 +107,12 @@ class DiskGroup:
                 undo.callback(added.close)
                 self._members[entry.name] = added
             changes = {name: item.state for name, item in self._members.items()}
-            self._file.save(changes, clean=False, boot=boot, checkpoint=None)
+            self._file.save(changes, clean=False, boot=boot)
             undo.pop_all()
         self._file.sweep()
         if not clean:
             how = "server died" if same_boot else "machine went down"
             _log.warning("unclean stop: the %s", how, extra={"fields": {"vm": self._vm.name}})
-        if any(item.to_commit() for item in self._members.values()):
-            self._state = State.COMMITTING
         self.disks = {name: item.disk for name, item in self._members.items()}
 
     def start(self) -> None:
@@ -111,91 +120,141 @@ class DiskGroup:
         with self._control:
             self._started = True
             threading.Thread(target=self._watch, name="disk-watch", daemon=True).start()
-            if self._state is State.COMMITTING:
-                self._run("commit", self._go_to_rest)
+            if self._state() is State.COMMITTING:
+                self._leave("commit", lambda running: None)
             else:
-                self._start_fill()
+                self._rest()
+
+    # ---- which checkpoint ----
+
+    def _find(self, checkpoint: str | None, doing: str) -> rounds.Round:
+        """The checkpoint of that name, else the newest; StateError if it is not under way."""
+        if self._closed:
+            raise errors.StateError(f"cannot {doing}: the disks of VM {self._vm.name} are not served any more")
+        with self._gate_lock:
+            found = [one for one in self._rounds if checkpoint in (None, one.checkpoint)]
+        if found:
+            return found[-1]
+        which = f"checkpoint {checkpoint} is not" if checkpoint else "no checkpoint is"
+        raise errors.StateError(f"cannot {doing}: {which} under way")
 
     # ---- 802 to 810 ----
 
     def prepare(self, checkpoint: str, lease: float | None = None) -> None:
-        """802.  StateError if a checkpoint is under way.  *lease*: seconds until the disks abort by themselves (D7)."""
+        """802.  *lease*: seconds until the checkpoint is given up by itself (D7).
+
+        StateError while another has not switched yet, or when too many are under way.
+        """
         units.check_name(checkpoint, "checkpoint name")
         with self._control:
-            self._require(State.REST, doing=f"prepare checkpoint {checkpoint}")
+            self._check_room(checkpoint)
             self._check_sound()
-            self._filler.stop()
-            try:
-                self._make_overlays(checkpoint)
-            except BaseException:
-                self._start_fill()
-                raise
+            self._numbers += 1
+            until = None if lease is None else time.monotonic() + lease
             with self._gate_lock:
+                one = rounds.Round(self._numbers, checkpoint, until, stacked=bool(self._rounds))
+                self._rounds.append(one)
+            try:
+                self._filler.stop()
                 for item in self._members.values():
-                    item.put_overlay_locked()
-                self._state = State.PREPARED
-            self._violation = self._instant = self._images = None
-            self._lease = None if lease is None else time.monotonic() + lease
+                    item.settle()
+                with self._states:
+                    self._make_overlays(one)
+            except BaseException:
+                self._remove(one)
+                self._rest()
+                raise
 
-    def _make_overlays(self, checkpoint: str) -> None:
-        members = self._members
+    def _check_room(self, checkpoint: str) -> None:
+        doing = f"prepare checkpoint {checkpoint}"
+        if self._closed:
+            raise errors.StateError(f"cannot {doing}: the disks of VM {self._vm.name} are not served any more")
+        with self._gate_lock:
+            under_way = list(self._rounds)
+            depth = max((len(item.state.overlays) for item in self._members.values()), default=0)
+        if under_way and under_way[-1].instant is None:
+            newest = under_way[-1]
+            raise errors.StateError(f"cannot {doing}: checkpoint {newest.checkpoint} has not switched yet")
+        if any(one.checkpoint == checkpoint for one in under_way):
+            raise errors.StateError(f"cannot {doing}: one of that name is under way")
+        if depth >= rounds.MAX_OVERLAYS:
+            raise errors.StateError(
+                f"cannot {doing}: {depth} overlays are still to be saved or committed; wait until there are fewer "
+                f"(`blkckpt status {self._vm.name}`)"
+            )
+
+    def _make_overlays(self, one: rounds.Round) -> None:
+        made: dict[str, tuple[member.Part, formats.DiskState]] = {}
         try:
-            changes = {name: item.make_overlay() for name, item in members.items()}
+            for name, item in self._members.items():
+                made[name] = item.make_overlay(one.number)
             durable.sync_directory(self._vm.layers)
-            self._file.save(changes, checkpoint=checkpoint)
+            self._file.save({name: state for name, (_, state) in made.items()}, may_spend=False)
         except BaseException as error:
-            for item in members.values():
-                item.drop_overlay()
+            for name, (part, _) in made.items():
+                self._members[name].drop_overlay(part)
             self._file.sweep()
             if isinstance(error, OSError):
-                raise errors.from_os_error(error, f"preparing checkpoint {checkpoint}") from error
+                raise errors.from_os_error(error, f"preparing checkpoint {one.checkpoint}") from error
             raise
-        for name, item in members.items():
-            item.state = changes[name]
+        with self._gate_lock:
+            for name, (part, state) in made.items():
+                self._members[name].put_overlay_locked(part, state)
+            one.parts = {name: part for name, (part, _) in made.items()}
+            one.stage = Stage.PREPARED
 
-    def renew(self, lease: float) -> None:
+    def renew(self, lease: float, checkpoint: str | None = None) -> None:
         """The driver is alive: *lease* more seconds from now.  No effect when nothing is under way."""
-        if self._lease is not None:
-            self._lease = time.monotonic() + lease
+        with contextlib.suppress(errors.StateError):
+            one = self._find(checkpoint, "renew")
+            if one.lease is not None:
+                one.lease = time.monotonic() + lease
 
-    def arm(self, barrier: barriers.Barrier, deadline: float) -> None:
+    def arm(self, barrier: barriers.Barrier, deadline: float, checkpoint: str | None = None) -> None:
         """Flush, then let *barrier* decide when to switch.  *deadline* is a ``time.monotonic()`` value."""
         with self._control:
-            self._require(State.PREPARED, doing="arm")
+            one = self._find(checkpoint, "arm")
+            one.require(Stage.PREPARED, "arm")
             self._check_sound()
             for item in self._members.values():
                 item.disk.flush()
             with self._gate_lock:
+                one.require(Stage.PREPARED, "arm")
                 for each in self._members.values():
                     each.arm_locked()
-                self._barrier, self._deadline, self._violation = barrier, deadline, None
-                self._state = State.ARMED
+                one.barrier, one.deadline, one.violation = barrier, deadline, None
+                one.stage, self._armed = Stage.ARMED, one
             self._wake.set()
 
-    def switch(self) -> api.ArmState:
+    def switch(self, checkpoint: str | None = None) -> api.ArmState:
         """810 now, all disks at one instant.  Idempotent."""
         with self._control:
+            one = self._find(checkpoint, "switch")
             self._check_sound()
             with self._gate_lock:
-                if self._state in (State.PREPARED, State.ARMED) and self._violation is None:
-                    self._switch_locked()
-            return self._arm_state("switch")
+                if one.stage in (Stage.PREPARED, Stage.ARMED) and one.violation is None:
+                    self._switch_locked(one)
+            return one.outcome
 
-    def poll_barrier(self) -> api.ArmState:
+    def poll_barrier(self, checkpoint: str | None = None) -> api.ArmState:
         """Ask the barrier; switch if it has been passed."""
+        one = self._find(checkpoint, "poll the barrier")
         self._ask_barrier()
-        return self._arm_state("poll the barrier")
-
-    def disarm(self) -> None:
-        """Back to PREPARED if ARMED; no effect otherwise."""
         with self._gate_lock:
-            if self._state is State.ARMED:
-                self._disarm_locked(None)
+            return one.outcome
+
+    def disarm(self, checkpoint: str | None = None) -> None:
+        """Back to PREPARED if ARMED; no effect otherwise."""
+        one = self._find(checkpoint, "disarm")
+        with self._gate_lock:
+            if one.stage is Stage.ARMED:
+                self._disarm_locked(one, None)
 
     def _ask_barrier(self) -> None:
         """Look, and switch or disarm if that is what it shows.  Any thread; called before every armed write."""
-        barrier = self._barrier
-        if barrier is None:
+        one = self._armed
+        barrier = one.barrier if one is not None else None
+        if one is None or barrier is None:
             return
         try:
             verdict, reason = barrier.poll(), barrier.reason
@@ -204,37 +263,28 @@ class DiskGroup:
         if verdict is barriers.BarrierState.WAITING:
             return
         with self._gate_lock:
-            if self._barrier is not barrier:
+            if one.barrier is not barrier:
                 return
             if verdict is barriers.BarrierState.PASSED:
-                self._switch_locked()
+                self._switch_locked(one)
             else:
-                self._disarm_locked(reason)
+                self._disarm_locked(one, reason)
 
-    def _switch_locked(self) -> None:
-        for item in self._members.values():
-            item.switch_locked()
-        self._instant = time.monotonic_ns()
-        self._barrier = self._deadline = None
-        self._state = State.SWITCHED
+    def _switch_locked(self, one: rounds.Round) -> None:
+        for name, item in self._members.items():
+            item.switch_locked(one.parts[name])
+        one.instant = time.monotonic_ns()
+        one.barrier = one.deadline = self._armed = None
+        one.stage = Stage.SWITCHED
 
-    def _disarm_locked(self, violation: str | None) -> None:
+    def _disarm_locked(self, one: rounds.Round, violation: str | None) -> None:
         for item in self._members.values():
             item.disarm_locked()
-        self._barrier = self._deadline = None
-        self._violation = violation
-        self._state = State.PREPARED
+        one.barrier = one.deadline = self._armed = None
+        one.violation = violation
+        one.stage = Stage.PREPARED
 
-    def _arm_state(self, doing: str) -> api.ArmState:
-        with self._gate_lock:
-            if self._state not in (State.PREPARED, State.ARMED, State.SWITCHED):
-                raise errors.StateError(
-                    f"cannot {doing}: no checkpoint is under way (the disks are {self._state.value})"
-                )
-            switched, waiting = self._state is State.SWITCHED, self._state is State.ARMED
-            return api.ArmState(switched, waiting, self._violation, self._instant)
-
-    # ---- 830, 834, abort ----
+    # ---- 830 ----
 
     def start_copy(
         self,
@@ -244,124 +294,176 @@ class DiskGroup:
         rate: int | None = None,
         label: str = "",
         command: Sequence[str] | None = None,
+        checkpoint: str | None = None,
     ) -> jobs.Job:
-        """830.  Result: ``{"disks": {name: {"image", "size", "read", "new", "chunks", "seconds"}}}``."""
+        """830.  Result: ``{"disks": {name: {"image", "size", "read", "new", "chunks", "seconds"}}}``.
+
+        *parents* are images to compare with where the changes since none are known.  Copies of earlier checkpoints
+        come first.
+        """
         with self._control:
-            self._require(State.SWITCHED, doing="copy")
-            before = self._jobs.get("copy")
-            if self._images is not None or (before is not None and before.running):
-                raise errors.StateError("the disks of this checkpoint are being copied already")
+            one = self._find(checkpoint, "copy")
+            one.require(Stage.SWITCHED, "copy")
+            if one.images is not None or (one.copying is not None and one.copying.running):
+                raise errors.StateError(f"the disks of checkpoint {one.checkpoint} are being copied already")
+            program = tuple(command or COPY_COMMAND)
             options = {
-                name: copier.CopyOptions(
-                    tuple(command or COPY_COMMAND), store, parents.get(name), rate, f"{label}/{name}" if label else name
-                )
+                name: copier.CopyOptions(program, store, rate, f"{label}/{name}" if label else name)
                 for name in self._members
             }
-            return self._run("copy", lambda running: self._copy(running, options))
+            one.copying = self._jobs.run("copy", lambda running: self._copy(running, one, options, store, parents))
+            return one.copying
 
-    def _copy(self, running: jobs.Job, options: Mapping[str, copier.CopyOptions]) -> Mapping[str, Any]:
-        frozen = [item.frozen(options[name].parent) for name, item in self._members.items()]
-        results = copier.run_all(frozen, options, running)
+    def _copy(
+        self,
+        running: jobs.Job,
+        one: rounds.Round,
+        options: Mapping[str, copier.CopyOptions],
+        store: str,
+        parents: Mapping[str, str | None],
+    ) -> Mapping[str, Any]:
+        one.await_turn(self._before(one), running.cancelled)
+        sizes = {name: item.state.size for name, item in self._members.items()}
+        results = copier.run_all(
+            sizes, lambda name: self._freeze(one, name, store, parents.get(name)), options, running
+        )
         self._check_sound()
-        self._images = {name: str(result["image"]) for name, result in results.items()}
+        one.store, one.images = store, {name: str(result["image"]) for name, result in results.items()}
+        one.settled.set()
         return {"disks": results}
 
-    def commit(self) -> jobs.Job:
+    def _before(self, one: rounds.Round) -> list[rounds.Round]:
+        with self._gate_lock:
+            return [other for other in self._rounds if other.number < one.number]
+
+    def _freeze(self, one: rounds.Round, name: str, store: str, fallback: str | None) -> copier.FrozenDisk:
+        """A disk as of *one*, with the best parent: the image of the checkpoint before, which may not be over yet."""
+        item, part = self._members[name], one.parts[name]
+        earlier = self._before(one)
+        if earlier and earlier[-1].images is not None and earlier[-1].store == store:
+            return item.freeze(part, earlier[-1].images[name], earlier[-1].number)
+        since = item.since(part)
+        number, home = self._origins.get(since or "", (0, None))
+        if since is not None and (since == fallback or (one.stacked and home == store)):
+            return item.freeze(part, since, number)
+        return item.freeze(part, fallback, None)
+
+    # ---- 834, abort ----
+
+    def commit(self, checkpoint: str | None = None) -> jobs.Job:
         """834, when the manifest is durable.  StateError unless the copy succeeded."""
         with self._control:
-            self._require(State.SWITCHED, doing="commit")
+            one = self._find(checkpoint, "commit")
+            one.require(Stage.SWITCHED, "commit")
             self._check_sound()
-            images = self._images
-            if images is None:
+            if one.images is None:
                 raise errors.StateError("cannot commit: the disks have not been copied; abort instead")
-            changes = {name: item.keep_changes(images[name]) for name, item in self._members.items()}
-            self._file.save(changes)
-            return self._leave(changes)
+            images = one.images
+            with self._states:
+                changes = {
+                    name: item.keep_changes(one.parts[name], images[name]) for name, item in self._members.items()
+                }
+                self._file.save(changes)
+                self._take(changes)
+            self._remember(one)
+            self._remove(one)
+            return self._leave("commit", lambda running: self._let_go(one))
 
-    def abort(self) -> jobs.Job:
-        """From any state back to rest.  A commit that has begun is not undone: its job is returned."""
+    def abort(self, checkpoint: str | None = None) -> jobs.Job:
+        """Give up that checkpoint, or without a name all of them, and go back to rest as far as others allow.
+
+        A commit that has begun is not undone: the job returned ends when it has.
+        """
         with self._control:
-            state = self._state
             if self._closed:
                 raise errors.StateError(f"the disks of VM {self._vm.name} are not served any more")
-            if state is State.REST:
+            if self._state() is State.REST:
                 return jobs.Job("abort").run(lambda running: {})
-            if state is State.COMMITTING:
-                return self._jobs.get("abort") or self._jobs.get("commit") or self._run("commit", self._go_to_rest)
-            return self._leave(None)
+            with self._gate_lock:
+                leaving = [one for one in self._rounds if checkpoint in (None, one.checkpoint)]
+                chosen = [one for one in leaving if one.stage is not Stage.OVER]
+                for one in chosen:
+                    if one.stage is Stage.ARMED:
+                        self._disarm_locked(one, one.violation)
+                    one.stage, one.lease = Stage.OVER, None
+            return self._leave("abort", lambda running: self._give_up(chosen, leaving))
 
-    def _leave(self, changes: Mapping[str, formats.DiskState] | None) -> jobs.Job:
-        """Go back to rest: with *changes* saved (commit), or giving the checkpoint up."""
+    def _give_up(self, chosen: Sequence[rounds.Round], leaving: Sequence[rounds.Round]) -> None:
+        for one in reversed(chosen):
+            if one.copying is not None and one.copying.running:
+                one.copying.cancel()
+                one.copying.wait()
+            self._hand_on_patiently(one)
+            self._remove(one)
+        for one in leaving:  # others may be at it
+            while not one.left.wait(0.1):
+                if self._stop.is_set():
+                    raise errors.StateError("stopped; it goes on when the disks are served again")
+
+    def _hand_on_patiently(self, one: rounds.Round) -> None:
+        def hand_on() -> None:
+            with self._states:
+                changes = {name: item.hand_on_changes(one.parts[name]) for name, item in self._members.items()}
+                self._file.save(changes)
+                self._take(changes)
+                self._let_go(one)
+
+        background.patiently(hand_on, f"giving checkpoint {one.checkpoint} up", self._warn, self._stop)
+
+    def _let_go(self, one: rounds.Round) -> None:
+        with self._states:
+            for name, item in self._members.items():
+                item.let_go(one.parts[name])
+
+    def _take(self, changes: Mapping[str, formats.DiskState]) -> None:
+        for name, state in changes.items():
+            self._members[name].state = state
+
+    def _remember(self, one: rounds.Round) -> None:
+        assert one.images is not None and one.store is not None
+        for image in one.images.values():
+            self._origins[image] = (one.number, one.store)
+        while len(self._origins) > REMEMBERED * len(self._members):
+            del self._origins[next(iter(self._origins))]
+
+    def _remove(self, one: rounds.Round) -> None:
+        """*one* is over: its overlays are free."""
         with self._gate_lock:
-            if self._state is State.ARMED:
-                self._disarm_locked(self._violation)
-            self._state = State.COMMITTING
-        self._lease = None
-        self._jobs.pop("abort", None)
-        if changes is not None:
-            self._end_checkpoint(changes)
-            return self._run("commit", self._go_to_rest)
-        return self._run("abort", self._give_up)
+            one.stage = Stage.OVER
+            self._rounds.remove(one)
+        one.settled.set()
+        one.left.set()
 
-    def _give_up(self, running: jobs.Job) -> Mapping[str, Any]:
-        copying = self._jobs.get("copy")
-        if copying is not None and copying.running:
-            copying.cancel()
-            copying.wait()
-        changes = {name: item.merge_changes() for name, item in self._members.items()}
-        self._patiently(lambda: self._file.save(changes), "giving the checkpoint up")
-        self._end_checkpoint(changes)
-        return self._go_to_rest(running)
+    def _leave(self, kind: str, first: Callable[[jobs.Job], None]) -> jobs.Job:
+        """A job that does *first*, and then commits every free overlay."""
 
-    def _end_checkpoint(self, changes: Mapping[str, formats.DiskState]) -> None:
-        self._images = None
-        for name, item in self._members.items():
-            item.end_checkpoint(changes[name])
+        def work(running: jobs.Job) -> Mapping[str, Any]:
+            first(running)
+            self._emptier.run(running.progress)
+            self._rest()
+            return {}
 
-    def _go_to_rest(self, running: jobs.Job) -> Mapping[str, Any]:
-        """Commit every overlay without a claim to stay, the bottom-most first; always ends (D8), unless stopped."""
-        for item in self._members.values():
-            while (overlay := item.to_commit()) is not None:
-                self._commit_one(item, overlay, running)
-        self._patiently(lambda: self._file.save({}, checkpoint=None), "ending the checkpoint")
-        self._start_fill()  # before REST: whoever prepares next finds it running and stops it
+        return self._jobs.run(kind, work)
+
+    def _rest(self) -> None:
+        """If nothing is under way: fill restored disks."""
         with self._gate_lock:
-            self._state = State.REST
-        return {}
-
-    def _commit_one(self, item: member.Member, overlay: layer.Overlay, running: jobs.Job) -> None:
-        pace = jobs.Pace(self._stop, lambda: item.disk.activity)
-
-        def commit() -> formats.DiskState:
-            item.empty(overlay, pace, running.progress)
-            state = item.without(overlay)
-            self._file.save({state.name: state})
-            return state
-
-        state = self._patiently(commit, f"committing disk {item.disk.name}")
-        item.forget(overlay, state, self._stop)
-
-    def _patiently(self, work: Callable[[], T], doing: str) -> T:
-        return background.patiently(work, doing, self._warn, self._stop)
+            if self._rounds or self._emptier.busy_locked or not self._started or self._stop.is_set():
+                return
+            self._filler.start([item for item in self._members.values() if item.filling])
 
     def job(self, job_id: str) -> jobs.Job:
-        """The job with that id (the last of each kind is remembered); NotFoundError."""
-        for known in list(self._jobs.values()):
-            if known.id == job_id:
-                return known
-        raise errors.NotFoundError(f"no job {job_id}")
-
-    def _run(self, kind: str, work: Callable[[jobs.Job], Mapping[str, Any]]) -> jobs.Job:
-        started = self._jobs[kind] = jobs.Job(kind)
-        return started.start(work)
+        """The job with that id (the last ones are remembered); NotFoundError."""
+        return self._jobs.find(job_id)
 
     # ---- background ----
 
     def _watch(self) -> None:
-        """Mind the arming deadline and the driver's lease (D7)."""
+        """Mind the arming deadline and the drivers' leases (D7)."""
         while not self._stop.is_set():
             now = time.monotonic()
-            times = [when for when in (self._deadline, self._lease) if when is not None]
+            with self._gate_lock:
+                times = [when for one in self._rounds for when in (one.deadline, one.lease) if when is not None]
             self._wake.wait(min(1.0, max(0.0, min(times) - now)) if times else 1.0)
             self._wake.clear()
             with contextlib.suppress(errors.BlkckptError):
@@ -369,29 +471,20 @@ class DiskGroup:
 
     def _expire(self, now: float) -> None:
         with self._gate_lock:
-            if self._deadline is not None and now >= self._deadline:
-                self._disarm_locked("the guest was not resumed before the deadline")
-        if self._lease is not None and now >= self._lease and not self._stop.is_set():
-            self._lease = None
-            _log.warning("the driver of the checkpoint went silent: aborting", extra={"fields": {"vm": self._vm.name}})
-            self.abort()
-
-    def _start_fill(self) -> None:
-        if self._started and not self._stop.is_set():
-            self._filler.start([item for item in self._members.values() if item.filling])
+            armed = self._armed
+            if armed is not None and armed.deadline is not None and now >= armed.deadline:
+                self._disarm_locked(armed, "the guest was not resumed before the deadline")
+            silent = [one for one in self._rounds if one.lease is not None and now >= one.lease]
+        for one in silent if not self._stop.is_set() else ():
+            one.lease = None
+            fields = {"vm": self._vm.name, "checkpoint": one.checkpoint}
+            _log.warning("the driver of the checkpoint went silent: aborting", extra={"fields": fields})
+            self.abort(one.checkpoint)
 
     def _warn(self, text: str | None) -> None:
         self._warning = text
         if text is not None:
             _log.warning(text, extra={"fields": {"vm": self._vm.name}})
-
-    def _require(self, wanted: State, *, doing: str) -> None:
-        if self._closed:
-            raise errors.StateError(f"cannot {doing}: the disks of VM {self._vm.name} are not served any more")
-        if self._state is not wanted:
-            name = self._file.state.checkpoint
-            about = f" (checkpoint {name})" if name else ""
-            raise errors.StateError(f"cannot {doing}: the disks are {self._state.value}{about}, not {wanted.value}")
 
     def _check_sound(self) -> None:
         """No checkpoint is acknowledged over a file whose fsync failed (D9)."""
@@ -400,14 +493,33 @@ class DiskGroup:
             if reason is not None:
                 raise errors.PoisonedError(f"{reason}; restart the server of VM {self._vm.name}")
 
+    def _held_locked(self) -> frozenset[str]:
+        """The overlays that checkpoints under way need where they are."""
+        return frozenset[str]().union(*(one.overlays() for one in self._rounds))
+
+    def _state(self) -> State:
+        with self._gate_lock:
+            return self._state_locked()
+
+    def _state_locked(self) -> State:
+        for one in reversed(self._rounds):
+            if one.stage in (Stage.PREPARED, Stage.ARMED, Stage.SWITCHED):
+                return State(one.stage.value)
+        if self._rounds or self._emptier.busy_locked:
+            return State.COMMITTING
+        return State.REST
+
     def status(self) -> api.GroupStatus:
-        running = next((known for known in list(self._jobs.values()) if known.running), None)
-        latest = running or next(reversed(self._jobs.values()), None)
+        with self._gate_lock:
+            state, under_way = self._state_locked(), list(self._rounds)
+        latest = self._jobs.latest()
+        newest = under_way[-1] if under_way else None
         return api.GroupStatus(
-            state=self._state,
-            checkpoint=self._file.state.checkpoint,
-            violation=self._violation,
-            instant=self._instant,
+            state=state,
+            checkpoint=newest.checkpoint if newest else None,
+            violation=newest.violation if newest else None,
+            instant=newest.instant if newest else None,
+            rounds=tuple(one.status for one in under_way),
             job=latest.status() if latest is not None else None,
             warning=self._warning,
             disks=tuple(item.status() for item in self._members.values()),
@@ -442,7 +554,7 @@ class DiskGroup:
     def _halt(self) -> None:
         self._stop.set()
         self._wake.set()
-        for known in list(self._jobs.values()):
+        for known in self._jobs.running():
             known.cancel()
             if not known.wait(STOP_SECONDS):
                 raise errors.DeadlineError(f"the {known.kind} job did not stop; the next start treats this as a crash")
@@ -450,14 +562,14 @@ class DiskGroup:
 
     def _settle(self) -> None:
         with self._gate_lock:
-            if self._state is State.ARMED:
-                self._disarm_locked(self._violation)
+            if self._armed is not None:
+                self._disarm_locked(self._armed, self._armed.violation)
         for item in self._members.values():
             item.disk.flush()
             item.state = item.merge_changes()
             item.save_changes()
         durable.sync_directory(self._vm.layers)
-        self._file.save({name: item.state for name, item in self._members.items()}, clean=True, checkpoint=None)
+        self._file.save({name: item.state for name, item in self._members.items()}, clean=True)
         for item in self._members.values():
             item.remove_live()
 

@@ -91,6 +91,40 @@ class Job:
         return api.JobStatus(self.id, self.kind, state, done, total, self._result, text, kind)
 
 
+class Registry:
+    """The jobs of a group: those that run, and the last :data:`REMEMBERED`."""
+
+    REMEMBERED = 64
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, Job] = {}
+
+    def run(self, kind: str, work: Callable[[Job], Mapping[str, Any]]) -> Job:
+        """Start a job."""
+        started = Job(kind)
+        self._jobs[started.id] = started
+        for known in list(self._jobs.values())[: -self.REMEMBERED]:
+            if not known.running:
+                del self._jobs[known.id]
+        return started.start(work)
+
+    def find(self, job_id: str) -> Job:
+        """The job with that id; NotFoundError."""
+        found = self._jobs.get(job_id)
+        if found is None:
+            raise errors.NotFoundError(f"no job {job_id}")
+        return found
+
+    def running(self) -> list[Job]:
+        """Those that run, oldest first."""
+        return [known for known in list(self._jobs.values()) if known.running]
+
+    def latest(self) -> Job | None:
+        """The newest that runs, else the newest."""
+        known = self.running() or list(self._jobs.values())
+        return known[-1] if known else None
+
+
 class Pace:
     """How background work leaves the disks to the guest: called after each window.
 

@@ -32,7 +32,7 @@ SOURCE_STEP = 1 << 20
 class Overlay:
     """A copy-on-write layer.  Thread-safe, given the tickets of :mod:`blkckpt.disk.epoch`."""
 
-    __slots__ = ("_flush", "bits", "copy_ups", "durable", "file", "id", "retained")
+    __slots__ = ("_flush", "bits", "changes", "copy_ups", "durable", "file", "id", "number", "retained")
 
     def __init__(
         self, layer: str, file: fileio.File, bits: maps.LiveMap, durable: maps.DurableMap, *, retained: bool = False
@@ -43,6 +43,8 @@ class Overlay:
         self.durable = durable
         self.retained = retained
         self.copy_ups = 0
+        self.changes: maps.Marks = maps.UNMARKED  # the map of its period (:mod:`blkckpt.disk.member`)
+        self.number = 0  # of the checkpoint that it was made for; 0 when an earlier server made it
         self._flush = threading.Lock()
         bits.attach(durable)
 

@@ -19,6 +19,7 @@ import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 from blkckpt import durable, errors
 from blkckpt.disk import blockmap, blocks, fileio
@@ -26,6 +27,22 @@ from blkckpt.disk import format as formats
 
 Pages = dict[int, bytes]
 """Durable map page number → its 4032 bytes of bits."""
+
+
+class Marks(Protocol):
+    """What changed blocks are marked in."""
+
+    def mark(self, first: int, end: int) -> None: ...
+
+
+class _Unmarked:
+    """Takes the marks of changes that nobody asks for: the image that the next one is relative to has them."""
+
+    def mark(self, first: int, end: int) -> None:
+        return
+
+
+UNMARKED = _Unmarked()
 
 
 class LiveMap(blockmap.BlockMap):

@@ -162,7 +162,7 @@ def open_view(
 ) -> tuple[chain.View, formats.DiskState]:
     """Open every layer; returns the view to start in and the state as it is to be written.
 
-    A checkpoint that was under way is given up: its frozen changed bits are merged back.  A lone overlay without
+    Checkpoints that were under way are given up: their frozen changed bits are merged back.  A lone overlay without
     a claim to stay starts as the target of a commit view, so that the base takes what it can from the first request.
     """
     with contextlib.ExitStack() as undo:
@@ -182,7 +182,7 @@ def open_view(
         undo.pop_all()
     commit = len(state.overlays) == 1 and not state.overlays[0].retained
     view = chain.View(place.size, tuple(layers), floor, bits, commit=commit)
-    return view, dataclasses.replace(state, changed=changed, frozen=None)
+    return view, dataclasses.replace(state, changed=changed, frozen=())
 
 
 def _open_changes(place: Place, state: formats.DiskState, *, clean: bool) -> tuple[maps.LiveMap, formats.ChangedState]:
@@ -193,9 +193,10 @@ def _open_changes(place: Place, state: formats.DiskState, *, clean: bool) -> tup
     """
     bits, claimed = open_changed(place, state.changed.id, clean=clean), state.changed
     known = bits is not None
-    if state.frozen is not None:
-        claimed = dataclasses.replace(claimed, since=state.frozen.since)
-        frozen = open_changed(place, state.frozen.id, clean=clean)
+    for position, ended in enumerate(state.frozen):
+        if position == 0:
+            claimed = dataclasses.replace(claimed, since=ended.since)
+        frozen = open_changed(place, ended.id, clean=clean)
         known = known and frozen is not None
         if frozen is not None:
             if bits is not None:
@@ -219,7 +220,7 @@ def sweep(vm: paths.VmPaths, disks: Iterable[formats.DiskState]) -> None:
     known: set[str] = set()
     for disk in disks:
         known.update(overlay.id for overlay in disk.overlays)
-        known.update(item.id for item in (disk.changed, disk.frozen) if item is not None)
+        known.update(item.id for item in (disk.changed, *disk.frozen))
         known.update({disk.fill} if disk.fill is not None else ())
     for directory in (vm.layers, vm.live):
         removed = False

@@ -44,20 +44,23 @@ class StateFile:
     def _read(self) -> formats.GroupState:
         return formats.decode_state(durable.read_small(self._vm.state, _WHAT), self._vm.state)
 
-    def save(self, changes: Mapping[str, formats.DiskState], **fields: Any) -> None:
-        """Replace the disks in *changes* and the other *fields*, in one atomic and durable step."""
+    def save(self, changes: Mapping[str, formats.DiskState], *, may_spend: bool = True, **fields: Any) -> None:
+        """Replace the disks in *changes* and the other *fields*, in one atomic and durable step.
+
+        Whoever begins something says that it *may* not *spend* the reserve.
+        """
         with self._saving:
             disks = tuple(changes.get(entry.name, entry) for entry in self.state.disks)
             state = dataclasses.replace(self.state, disks=disks, **fields)
             data = formats.encode_state(state)
             try:
-                self._replace(data, may_spend=fields.get("checkpoint") is None)
+                self._replace(data, may_spend=may_spend)
             except OSError as error:
                 raise errors.from_os_error(error, f"writing {self._vm.state}") from error
             self.state = state
 
     def _replace(self, data: bytes, *, may_spend: bool) -> None:
-        """Write the file; on a full file system by way of the reserve, but not to begin a checkpoint."""
+        """Write the file; on a full file system by way of the reserve, if that is allowed."""
         reserve = self._vm.root / RESERVE
         try:
             durable.write_file(self._vm.state, data)

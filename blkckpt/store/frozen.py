@@ -121,10 +121,11 @@ class MapFile:
 
 @dataclass(frozen=True, slots=True)
 class Overlay:
-    """An overlay's data and map."""
+    """An overlay's data and map; *inherited*: the parent of the new image has what it holds."""
 
     data: RawFile
     present: MapFile
+    inherited: bool = False
 
 
 class Frozen:
@@ -144,12 +145,17 @@ class Frozen:
         first = segment * (SEGMENT // layout.CHUNK)
         return first, min(SEGMENT // layout.CHUNK, layout.chunk_count(self.size) - first)
 
-    def overlaid(self, segment: int) -> Bools:
-        """Which chunks of a segment have a block in an overlay."""
+    def overlaid(self, segment: int, *, known: bool = False) -> Bools:
+        """Which chunks of a segment have a block in an overlay; not of inherited ones, if the changes are *known*.
+
+        An overlay's bits are read before those of what is below it, and all of them before a map of changes: a block
+        that is committed meanwhile is marked below, and as changed, before its bit here is cleared.
+        """
         _, count = self.chunk_range(segment)
         found = np.zeros(count, np.bool_)
-        for bits in self._bits(segment):
-            found |= by_chunk(bits)[:count]
+        for overlay, bits in zip(self._overlays, self._bits(segment), strict=True):
+            if not (known and overlay.inherited):
+                found |= by_chunk(bits)[:count]
         return found
 
     def with_data(self, segment: int) -> Bools:

@@ -7,8 +7,8 @@ end, as SIGTERM does.  The descriptors are inherited.  The job and the answers a
 What is read:
 
 ======================  ====================================================================================
-parent, ``changed``     chunks with a changed block or a block in an overlay; the rest is the parent's, as
-                        it stands in the parent's table
+parent, ``changed``     chunks with a changed block or a block in an overlay that the parent does not have; the
+                        rest is the parent's, as it stands in the parent's table
 parent, null            everything that is not a hole, compared by hash; holes become zeros
 no parent, an image     as with that image as parent and nothing changed, if it is in this store: what is
 at the bottom           below the overlays is the image
@@ -52,13 +52,14 @@ class _StoppedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer of a job: an overlay (fd, map_fd), a raw file (fd), or an image (store, image)."""
+    """One layer of a job: an overlay (fd, map_fd, inherited), a raw file (fd), or an image (store, image)."""
 
     kind: str
     fd: int = -1
     map_fd: int = -1
     store: str = ""
     image: str = ""
+    inherited: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,9 @@ def _integer(value: Any) -> int:
 def _layer(fields: Any) -> Layer:
     kind = fields["kind"]
     if kind == "overlay":
-        return Layer(kind, fd=_integer(fields["fd"]), map_fd=_integer(fields["map_fd"]))
+        return Layer(
+            kind, fd=_integer(fields["fd"]), map_fd=_integer(fields["map_fd"]), inherited=bool(fields["inherited"])
+        )
     if kind == "raw":
         return Layer(kind, fd=_integer(fields["fd"]))
     if kind == "image":
@@ -158,7 +161,7 @@ def open_layers(job: Job, target: store.Store) -> frozen.Frozen:
     for number, layer in enumerate(job.layers):
         if layer.kind == "overlay":
             present = frozen.MapFile(layer.map_fd, job.size, f"map of layer {number}")
-            overlays.append(frozen.Overlay(frozen.RawFile(layer.fd), present))
+            overlays.append(frozen.Overlay(frozen.RawFile(layer.fd), present, layer.inherited))
         elif layer.kind == "raw":
             floor = frozen.RawFile(layer.fd)
         else:
@@ -185,7 +188,7 @@ def make_plan(job: Job, disk: frozen.Frozen, target: store.Store) -> Plan:
     total = 0
     for segment in range(disk.segments):
         _, count = disk.chunk_range(segment)
-        mask = disk.overlaid(segment) if inherits else disk.with_data(segment)
+        mask = disk.overlaid(segment, known=changed is not None) if inherits else disk.with_data(segment)
         if changed:
             mask = mask | frozen.by_chunk(changed.bits(segment))[:count]
         if selected := int(np.count_nonzero(mask)):

@@ -188,7 +188,7 @@ def stub_copies(
     def copy(frozen: copier.FrozenDisk, options: copier.CopyOptions, progress: Any, stop: threading.Event) -> Any:
         size = frozen.view.size
         progress(size, size)
-        return {"image": look(frozen, options.parent) if look else f"image-of-{frozen.name}", "size": size}
+        return {"image": look(frozen, frozen.parent) if look else f"image-of-{frozen.name}", "size": size}
 
     monkeypatch.setattr(copier, "copy", copy)
 

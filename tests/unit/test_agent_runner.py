@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from blkckpt import errors, paths
-from blkckpt.agent import checkpoint, plan, runner
+from blkckpt.agent import checkpoint, plan, runner, turn
 from blkckpt.agent.plan import Action, Event, Mode, State
 from blkckpt.store import manifest, store
 from blkckpt.vm import definition
@@ -166,10 +166,20 @@ def defined(vm: paths.VmPaths) -> definition.VmDefinition:
 
 
 def test_a_second_checkpoint_is_refused_at_once(vm: paths.VmPaths, place: store.Store) -> None:
-    with runner._alone(vm), pytest.raises(errors.StateError, match="being taken already"):
+    """A4."""
+    with turn.take(vm), pytest.raises(errors.StateError, match="being taken already"):
         runner.take(vm, defined(vm), place, checkpoint.CheckpointOptions())
-    with runner._alone(vm):
-        pass
+    turn.take(vm).give_back()
+
+
+def test_a_second_checkpoint_may_wait_for_its_turn(vm: paths.VmPaths, place: store.Store) -> None:
+    """A4; it fails later, since nothing serves the disks."""
+    held = turn.take(vm)
+    threading.Timer(0.2, held.give_back).start()
+    began = time.monotonic()
+    with pytest.raises(errors.StateError, match="blkckpt run"):
+        runner.take(vm, defined(vm), place, checkpoint.CheckpointOptions(wait=20))
+    assert 0.1 < time.monotonic() - began < 10
 
 
 def test_nothing_serves_the_disks(vm: paths.VmPaths, place: store.Store) -> None:

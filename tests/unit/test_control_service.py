@@ -24,12 +24,11 @@ class FakeDisk:
 
 
 class FakeGroup:
-    """The states of a group without disks."""
+    """The stages of checkpoints without disks."""
 
     def __init__(self) -> None:
         self.disks = {"vda": FakeDisk()}
-        self.state = api.State.REST
-        self.checkpoint: str | None = None
+        self.rounds: dict[str, str] = {}  # checkpoint under way → stage
         self.calls: list[str] = []
         self.leases: list[float] = []
         self.barrier: barrier.Barrier | None = None
@@ -39,30 +38,30 @@ class FakeGroup:
         self.outcome = api.ArmState(True, False, None, 12345)
 
     def prepare(self, checkpoint: str, lease: float | None = None) -> None:
-        if self.state is not api.State.REST:
+        if any(stage != "switched" for stage in self.rounds.values()):
             raise errors.StateError("a checkpoint is under way")
         assert lease == service.LEASE_SECONDS
         self.calls.append("prepare")
-        self.state, self.checkpoint = api.State.PREPARED, checkpoint
+        self.rounds[checkpoint] = "prepared"
 
-    def renew(self, lease: float) -> None:
+    def renew(self, lease: float, checkpoint: str) -> None:
         self.leases.append(lease)
 
-    def arm(self, watch: barrier.Barrier, deadline: float) -> None:
+    def arm(self, watch: barrier.Barrier, deadline: float, checkpoint: str) -> None:
         assert 0 < deadline - time.monotonic() <= 600
         self.calls.append("arm")
-        self.barrier, self.state = watch, api.State.ARMED
+        self.barrier, self.rounds[checkpoint] = watch, "armed"
 
-    def switch(self) -> api.ArmState:
+    def switch(self, checkpoint: str) -> api.ArmState:
         self.calls.append("switch")
-        self.state = api.State.SWITCHED
+        self.rounds[checkpoint] = "switched"
         return self.outcome
 
-    def poll_barrier(self) -> api.ArmState:
+    def poll_barrier(self, checkpoint: str) -> api.ArmState:
         self.calls.append("poll")
         return self.outcome
 
-    def disarm(self) -> None:
+    def disarm(self, checkpoint: str) -> None:
         self.calls.append("disarm")
 
     def start_copy(
@@ -73,17 +72,19 @@ class FakeGroup:
         rate: int | None = None,
         label: str = "",
         command: Sequence[str] | None = None,
+        checkpoint: str,
     ) -> job.Job:
+        assert self.rounds[checkpoint]
         self.copied = {"store": store, "parents": parents, "rate": rate, "label": label, "command": command}
         return self.begin("copy")
 
-    def commit(self) -> job.Job:
-        self.state = api.State.COMMITTING
+    def commit(self, checkpoint: str) -> job.Job:
+        del self.rounds[checkpoint]
         return self.begin("commit")
 
-    def abort(self) -> job.Job:
-        if self.state is not api.State.COMMITTING:
-            self.state = api.State.REST
+    def abort(self, checkpoint: str | None = None) -> job.Job:
+        for name in [name for name in self.rounds if checkpoint in (None, name)]:
+            del self.rounds[name]
         return self.begin("abort")
 
     def begin(self, kind: str) -> job.Job:
@@ -98,7 +99,10 @@ class FakeGroup:
         return self.jobs[job_id]
 
     def status(self) -> api.GroupStatus:
-        return api.GroupStatus(self.state, self.checkpoint, None, None, None, None, ())
+        under_way = tuple(api.RoundStatus(name, stage, None, False, None) for name, stage in self.rounds.items())
+        newest = under_way[-1] if under_way else None
+        state = api.State(newest.stage) if newest else api.State.REST
+        return api.GroupStatus(state, newest.checkpoint if newest else None, None, None, under_way, None, None, ())
 
 
 @pytest.fixture
@@ -179,14 +183,14 @@ def test_a_driver_that_vanishes_is_taken_back(address: Path, fake: FakeGroup) ->
     driver.prepare("a")
     with client.Client.connect(address) as other:
         other.status()
-    assert fake.state is api.State.PREPARED  # another connection's end is nobody's business
+    assert fake.rounds == {"a": "prepared"}  # another connection's end is nobody's business
     driver.close()
     wait_until(lambda: "abort" in fake.calls)
-    wait_until(lambda: fake.state is api.State.REST)
+    wait_until(lambda: not fake.rounds)
 
 
 def test_a_commit_that_has_begun_needs_no_driver(address: Path, fake: FakeGroup) -> None:
-    """D7: abort is called, and the group answers with the commit that goes on."""
+    """D7."""
     release = threading.Event()
     fake.work = lambda running: {"done": release.wait(10)}
     driver = client.Client.connect(address)
@@ -197,7 +201,7 @@ def test_a_commit_that_has_begun_needs_no_driver(address: Path, fake: FakeGroup)
         assert other.wait(job_id, 0).state == messages.RUNNING
         release.set()
         assert other.finish(job_id, 10).result == {"done": True}
-    assert fake.state is api.State.COMMITTING
+    assert "abort" not in fake.calls
 
 
 def test_a_driver_at_rest_may_leave(address: Path, fake: FakeGroup) -> None:
@@ -221,6 +225,29 @@ def test_only_the_driver_drives_but_anybody_may_abort(address: Path, fake: FakeG
             other.prepare("b")
         other.abort()
         assert fake.calls == ["prepare", "abort"]
+
+
+def test_each_connection_drives_its_own_checkpoint(address: Path, fake: FakeGroup) -> None:
+    """D7: a driver that vanishes takes its own checkpoint with it, and only that."""
+    with client.Client.connect(address, name="first") as first, client.Client.connect(address, name="other") as other:
+        first.prepare("a")
+        first.switch()
+        with pytest.raises(errors.StateError, match="drives checkpoint a"):
+            first.prepare("b")
+        second = client.Client.connect(address, name="second")
+        second.prepare("b")
+        status = other.status()
+        assert [(one["checkpoint"], one["driver"]["client"]) for one in status["rounds"]] == [
+            ("a", "first"), ("b", "second"),
+        ]  # fmt: skip
+        assert status["driver"]["client"] == "second"
+        second.close()
+        wait_until(lambda: list(fake.rounds) == ["a"])
+        first.copy(Path("/store"), {})
+        assert fake.copied["label"] == "vm@a"
+        first.abort()
+        assert not fake.rounds
+        first.prepare("c")
 
 
 def test_arm_wraps_the_socket_and_switching_lets_it_go(address: Path, fake: FakeGroup) -> None:

@@ -22,11 +22,16 @@ def state() -> formats.GroupState:
     changed = formats.ChangedState("01" * 16, "image-1")
     disks = (
         formats.DiskState(
-            "vda", "/base", 1 << 40, changed, (formats.OverlayState("02" * 16, True),), formats.ChangedState("03" * 16)
+            "vda",
+            "/base",
+            1 << 40,
+            changed,
+            (formats.OverlayState("02" * 16, True),),
+            (formats.ChangedState("03" * 16),),
         ),
         formats.DiskState("vdb", "/b", 700, changed, source=api.ImageRef("/store", "image-9"), fill="04" * 16),
     )
-    return formats.GroupState("vm-id", disks, clean=False, boot=BOOT, checkpoint="c1")
+    return formats.GroupState("vm-id", disks, clean=False, boot=BOOT)
 
 
 def test_state_comes_back() -> None:

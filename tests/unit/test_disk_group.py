@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from blkckpt import durable, errors, paths
-from blkckpt.disk import api, barrier, chain, copier, fill, group, stack, statefile
+from blkckpt.disk import api, barrier, chain, copier, fill, group, member, stack, statefile
 from blkckpt.disk import format as formats
 from blkckpt.store import store
 from tests.support import disks
@@ -153,8 +153,9 @@ def test_all_disks_switch_at_one_instant(rig: disks.Rig) -> None:
         for turn in range(15):
             rig.group.prepare(f"c{turn}")
             rig.group.switch()
-            for item in rig.group._members.values():
-                item.frozen(None)  # drained
+            (under_way,) = rig.group._rounds
+            for name, item in rig.group._members.items():
+                item.freeze(under_way.parts[name], None, None).release()  # drained
             one, two = base(rig, "vda"), base(rig, "vdb")
             for slot in range(3):
                 place = slice(slot * 512, slot * 512 + 8)
@@ -178,10 +179,10 @@ def test_no_request_is_admitted_between_the_switch_of_one_disk_and_the_next(
         put(rig, "vda", b"new")
         answered.set()
 
-    def pause() -> None:
+    def pause(part: member.Part) -> None:
         threading.Thread(target=write, daemon=True).start()
         assert not answered.wait(0.1)
-        switch()
+        switch(part)
 
     rig.group.prepare("c1")
     monkeypatch.setattr(last, "switch_locked", pause)

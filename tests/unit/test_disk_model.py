@@ -2,8 +2,9 @@
 
 After a clean stop or kill -9 every byte is the model's.  After power loss every sector is what it was at the last
 flush or became since (coarse: the live maps are lost, file contents stay; the full simulation is in tests/faults).
-At each checkpoint the frozen layers are compared with the model of the switch (D1), and the changed bits must cover
-every difference from the checkpoint before (D13).
+Checkpoints are stacked: each copy's frozen layers are compared with the model of its switch, however late it comes and
+whatever was committed meanwhile (D1), and what an incremental copy reads must cover every difference from the image
+that it is relative to (D13).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from blkckpt.disk import api, barrier, chain, commit, copier
+from blkckpt.disk import api, barrier, chain, commit, copier, rounds
 from tests.support import disks
 
 SIZE = 37 * 4096 + 700
@@ -26,6 +27,19 @@ SECTOR = 512
 LENGTHS = st.one_of(st.sampled_from((1, 511, 512, 4095, 4096, 4097, 8192, 20_000)), st.integers(1, 30_000))
 OFFSETS = st.one_of(st.integers(0, SIZE - 1), st.integers(0, 37).map(lambda block: block * 4096))
 IMAGE = bytes(8192) + bytes(range(256)) * 200 + bytes(16384) + b"tail" * 1000
+
+
+class Round:
+    """A checkpoint under way."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.stage = "prepared"
+        self.frozen = b""
+        self.job: Any = None
+
+    def switched(self, model: bytearray) -> None:
+        self.stage, self.frozen = "switched", bytes(model)
 
 
 class Machine(RuleBasedStateMachine):
@@ -38,16 +52,17 @@ class Machine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(commit, "WINDOW_BYTES", 8192)
         self.patch.setattr(commit, "WINDOW_RUNS", 2)
-        disks.stub_copies(self.patch, self.look)
+        self.patch.setattr(copier, "copy", self.copy_disk)
         self.root = Path(tempfile.mkdtemp(prefix="blkckpt-model-"))
         self.rig = disks.Rig(self.root, {"vda": SIZE}, self.image)
         start = self.image or b""
         self.model = bytearray(start.ljust(SIZE, b"\0"))
         self.since_flush = [bytes(self.model)]
         self.images: dict[str, bytes] = {"image-0": bytes(self.model)} if self.image else {}
-        self.frozen: bytes | None = None
+        self.rounds: list[Round] = []
+        self.frozen: dict[str, bytes] = {}
+        self.count = 0
         self.fill_byte = 1
-        self.stage = "rest"
 
     def teardown(self) -> None:
         if hasattr(self, "rig"):
@@ -62,10 +77,6 @@ class Machine(RuleBasedStateMachine):
     @property
     def state(self) -> api.State:
         return self.rig.group.status().state
-
-    def stopped(self) -> None:
-        """A server that finds overlays commits them by itself; the model learns of it in ``settle``."""
-        self.stage = "rest" if self.stage == "rest" else "committing"
 
     # ---- requests ----
 
@@ -124,24 +135,28 @@ class Machine(RuleBasedStateMachine):
 
     # ---- checkpoints ----
 
-    def rest(self) -> bool:
-        return self.stage == "rest"
+    def newest(self, stage: str) -> bool:
+        return bool(self.rounds) and self.rounds[-1].stage == stage
 
-    @precondition(rest)
+    def some(self, stage: str) -> list[Round]:
+        return [one for one in self.rounds if one.stage == stage]
+
+    @precondition(lambda self: len(self.rounds) < 4 and not self.newest("prepared"))
     @rule()
     def prepare(self) -> None:
-        assert self.state is api.State.REST
-        self.rig.group.prepare("c1")
-        self.stage = "prepared"
+        if len(self.rig.group.status().disks[0].overlays) >= rounds.MAX_OVERLAYS:
+            return
+        self.count += 1
+        self.rig.group.prepare(f"c{self.count}")
+        self.rounds.append(Round(f"c{self.count}"))
 
-    @precondition(lambda self: self.stage == "prepared")
+    @precondition(lambda self: self.newest("prepared"))
     @rule()
     def switch(self) -> None:
         assert self.rig.group.switch().switched
-        self.stage = "switched"
-        self.frozen = bytes(self.model)
+        self.rounds[-1].switched(self.model)
 
-    @precondition(lambda self: self.stage == "prepared")
+    @precondition(lambda self: self.newest("prepared"))
     @rule(offset=OFFSETS, byte=st.integers(1, 255))
     def switch_by_a_write(self, offset: int, byte: int) -> None:
         question = disks.Switch()
@@ -149,75 +164,92 @@ class Machine(RuleBasedStateMachine):
         self.write(offset, 5000, False)
         assert not self.rig.group.poll_barrier().switched
         question.state = barrier.BarrierState.PASSED
-        self.frozen = bytes(self.model)
+        self.rounds[-1].switched(self.model)
         self.write(offset, byte, False)
         assert self.state is api.State.SWITCHED
-        self.stage = "switched"
 
-    def look(self, frozen: copier.FrozenDisk, parent: str | None) -> str:
-        """D1: the frozen layers are the disk of the switch.  D13: the changed bits cover what differs."""
+    def copy_disk(self, frozen: copier.FrozenDisk, options: copier.CopyOptions, _: Any, stop: Any) -> dict[str, Any]:
+        """D1: the frozen layers are the disk of the switch.  D13: what is read covers what differs."""
         data = bytearray(SIZE)
         chain.read(frozen.view, data, 0)
-        assert self.frozen is not None and data == self.frozen
+        assert data == self.frozen[options.label.partition("/")[0]]
         if frozen.changed is not None:
-            assert parent is not None
-            before = self.images[parent]
+            assert frozen.parent is not None
+            before = self.images[frozen.parent]
+            own = [overlay.bits for overlay in frozen.view.layers if overlay.id not in frozen.inherited]
             for block in range(38):
                 place = slice(block * 4096, (block + 1) * 4096)
-                assert before[place] == data[place] or frozen.changed.test(block), block
+                read = frozen.changed.test(block) or any(bits.test(block) for bits in own)
+                assert before[place] == data[place] or read, block
         name = f"image-{len(self.images)}"
         self.images[name] = bytes(data)
-        return name
+        return {"image": name, "size": SIZE}
 
-    @precondition(lambda self: self.stage == "switched")
-    @rule(newest=st.booleans(), wait=st.booleans())
-    def copy_and_commit(self, newest: bool, wait: bool) -> None:
+    @precondition(lambda self: self.some("switched"))
+    @rule(data=st.data(), newest=st.booleans())
+    def copy(self, data: st.DataObject, newest: bool) -> None:
+        """Of any that is not copied; it waits for those before it."""
+        one = data.draw(st.sampled_from(self.some("switched")))
         names = list(self.images)
         parent = (names[-1] if newest else names[0]) if names else None
-        result = disks.finish(self.rig.group.start_copy("/store", {"vda": parent}))
-        job = self.rig.group.commit()
-        self.stage = "committing"
+        self.frozen[one.name] = one.frozen
+        one.job = self.rig.group.start_copy("/store", {"vda": parent}, label=one.name, checkpoint=one.name)
+        one.stage = "copying"
+        self.finish_copies()
+
+    def finish_copies(self) -> None:
+        for one in self.rounds:
+            if one.stage == "copying":
+                disks.finish(one.job)
+                one.stage = "copied"
+            if one.stage != "copied":
+                return
+
+    @precondition(lambda self: self.some("copied"))
+    @rule(data=st.data(), wait=st.booleans())
+    def commit(self, data: st.DataObject, wait: bool) -> None:
+        one = data.draw(st.sampled_from(self.some("copied")))
+        job = self.rig.group.commit(one.name)
+        self.rounds.remove(one)
         if wait:
-            self.settle_job(job)
-            assert self.rig.group.status().disks[0].changed_since == result["disks"]["vda"]["image"]
+            disks.finish(job)
 
-    @precondition(lambda self: not self.rest())
-    @rule(wait=st.booleans())
-    def abort(self, wait: bool) -> None:
-        job = self.rig.group.abort()
-        self.stage = "committing"
-        if wait:
-            self.settle_job(job)
+    @precondition(lambda self: self.rounds)
+    @rule(data=st.data(), wait=st.booleans())
+    def abort(self, data: st.DataObject, wait: bool) -> None:
+        one = data.draw(st.sampled_from(self.rounds))
+        job = self.rig.group.abort(one.name)
+        self.rounds.remove(one)
+        if wait or one.stage == "prepared":
+            disks.finish(job)
+        self.finish_copies()
 
-    def settle_job(self, job: Any) -> None:
-        disks.finish(job)
-        assert self.state is api.State.REST
-        self.stage = "rest"
-        assert not [name for name in self.rig.layer_files() if name.endswith(".data")]
-
-    @precondition(lambda self: self.stage == "committing")
     @rule()
     def settle(self) -> None:
-        self.settle_job(self.rig.group.abort())
+        """Give up what is under way."""
+        self.rounds.clear()
+        disks.finish(self.rig.group.abort())
+        assert self.state is api.State.REST
+        assert not [name for name in self.rig.layer_files() if name.endswith((".data", ".live"))]
 
     # ---- stops ----
 
     @rule()
     def kill(self) -> None:
         self.rig.kill()
-        self.stopped()
+        self.rounds.clear()
 
     @rule()
     def stop(self) -> None:
         self.rig.stop()
-        self.stopped()
+        self.rounds.clear()
         self.since_flush = [bytes(self.model)]
 
     @rule()
     def lose_power(self) -> None:
         disks.other_boot(self.patch)
         self.rig.lose_power()
-        self.stopped()
+        self.rounds.clear()
         found = self.rig.read()
         for start in range(0, SIZE, SECTOR):
             place = slice(start, start + SECTOR)
@@ -235,7 +267,7 @@ class RestoredMachine(Machine):
 
 
 SETTINGS = settings(
-    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+    max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
 )
 Machine.TestCase.settings = SETTINGS
 RestoredMachine.TestCase.settings = SETTINGS

@@ -566,7 +566,7 @@ def test_d10_a_commit_waits_for_space_in_the_base_and_says_so(
     waiting, go_on = threading.Event(), threading.Event()
     checkpoint(rig)
     disk.write(b"x" * 4096, 0)
-    stop = rig.group._stop
+    stop = rig.group._emptier._stop
 
     class Stop(threading.Event):
         def wait(self, timeout: float | None = None) -> bool:
@@ -574,7 +574,7 @@ def test_d10_a_commit_waits_for_space_in_the_base_and_says_so(
             assert go_on.wait(WAIT)
             return stop.is_set()
 
-    monkeypatch.setattr(rig.group, "_stop", Stop())
+    monkeypatch.setattr(rig.group._emptier, "_stop", Stop())
     files.fail["write", "vda.raw"] = errno.ENOSPC
     job = rig.group.abort()
     assert waiting.wait(WAIT)

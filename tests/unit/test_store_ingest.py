@@ -56,7 +56,7 @@ class Layers:
                 self.model[first * BLOCK : stop] = bytes(stop - first * BLOCK)
             else:
                 self._write(data, first, end)
-        self.layers.insert(0, {"kind": "overlay", "fd": data, "map_fd": self.map(bytes(bits))})
+        self.layers.insert(0, {"kind": "overlay", "fd": data, "map_fd": self.map(bytes(bits)), "inherited": False})
 
     def map(self, bits: bytes) -> int:
         descriptor = self._file("map")
@@ -242,7 +242,7 @@ def test_a_sparse_terabyte_is_quick(target: Path, tmp_path: Path) -> None:
         os.ftruncate(data, size)
         os.pwrite(data, b"middle", size // 2)
         os.pwrite(bits, b"\1", frozen.MAP_HEADER + size // 2 // BLOCK // 8)
-        made.layers.insert(0, {"kind": "overlay", "fd": data, "map_fd": bits})
+        made.layers.insert(0, {"kind": "overlay", "fd": data, "map_fd": bits, "inherited": False})
         began = time.monotonic()
         result = copy(job(made, target), made)
         assert time.monotonic() - began < 20
@@ -315,7 +315,7 @@ def test_a_full_store_is_said_by_name(target: Path, tmp_path: Path) -> None:
     [
         {"version": 2}, {"size": -1}, {"size": "x"}, {"layers": 3}, {"layers": [{"kind": "tape"}]}, {"parent": "../x"},
         {"layers": [{"kind": "raw", "fd": 3}, {"kind": "raw", "fd": 3}]}, {"changed": 1}, {"rate": True},
-        {"layers": [{"kind": "overlay", "fd": 0, "map_fd": 0}] * 65},
+        {"layers": [{"kind": "overlay", "fd": 0, "map_fd": 0, "inherited": False}] * 65},
     ],
     ids=str,
 )  # fmt: skip
