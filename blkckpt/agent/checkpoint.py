@@ -46,6 +46,12 @@ LEASE_INTERVAL = 5.0
 REPLY_SECONDS = 30.0
 PIPE_BYTES = 1 << 20
 
+GUESTS = frozenset({
+    plan.Action.RESUME_READING, plan.Action.END_MIGRATION, plan.Action.CONTINUE_GUEST,
+    plan.Action.RESTORE_CAPABILITIES,
+})  # fmt: skip
+"""What an abort row does to the guest: nothing once our turn is over, when its QMP socket is another's."""
+
 STOPPED_NOTE = "the guest was stopped while its memory was saved: QEMU cannot snapshot it in the background"
 
 Progress = Callable[[str, int, int | None], None]
@@ -108,10 +114,13 @@ class Checkpoint:
         self._published: manifest.Manifest | None = None
         self._publishing = False
         self._frozen = False
+        self._parted = False
         self._parents: dict[str, str | None] = {}
 
     def perform(self, action: plan.Action, mode: plan.Mode) -> None:
         """Do *action*; raises what went wrong."""
+        if self._parted and action in GUESTS:
+            return
         background = mode in (plan.Mode.BARRIER, plan.Mode.EXPLICIT)
         match action:
             case plan.Action.START_RECEIVER:
@@ -341,6 +350,10 @@ class Checkpoint:
         self._pump(lambda: self._received is not None)
 
     def _end_turn(self) -> None:
+        """QEMU talks to one QMP connection at a time: ours ends, so that the next checkpoint can have one."""
+        if self._guest is not None:
+            self._guest.session.close()
+        self._parted = True
         self._turn.give_back()
 
     def _await_copy(self) -> None:

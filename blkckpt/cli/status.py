@@ -15,7 +15,8 @@ from blkckpt.control import client
 
 KEYS = (
     "vms: [{vm, state: running|serving|stopped, supervisor, server, machine, console, log, phase: "
-    "rest|prepared|armed|switched|committing, checkpoint, job: null or {kind, state, done, total}, warning, "
+    "rest|prepared|armed|switched|committing, checkpoint (the newest under way), "
+    "checkpoints (all of them, oldest first: name, stage, copied), job: null or {kind, state, done, total}, warning, "
     "disks: [{name, path, size, uri, overlay_bytes, filled, changed_bytes, reads, writes, read_bytes, written_bytes, "
     "flushes, error}]}]; null where a VM that does not run has no answer"
 )
@@ -69,6 +70,10 @@ def _group(vm: paths.VmPaths, status: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "phase": status.get("state"),
         "checkpoint": status.get("checkpoint"),
+        "checkpoints": [
+            {"name": one["checkpoint"], "stage": one["stage"], "copied": one["copied"]}
+            for one in status.get("rounds", ())
+        ],
         "job": None if not job else {key: job.get(key) for key in ("kind", "state", "done", "total")},
         "warning": status.get("warning") or status.get("violation"),
         "disks": [_disk(vm, disk) for disk in status.get("disks", ())],
@@ -89,7 +94,14 @@ def _disk(vm: paths.VmPaths, disk: Mapping[str, Any]) -> dict[str, Any]:
 
 def _overview(found: list[dict[str, Any]]) -> str:
     rows = [
-        (one["vm"], one["state"], one["phase"] or "-", one["checkpoint"] or "-", _under_way(one), one["warning"] or "")
+        (
+            one["vm"],
+            one["state"],
+            one["phase"] or "-",
+            ", ".join(each["name"] for each in one["checkpoints"]) or "-",
+            _under_way(one),
+            one["warning"] or "",
+        )
         for one in found
     ]
     return output.table(("VM", "STATE", "DISKS ARE", "CHECKPOINT", "UNDER WAY", "NOTE"), rows)

@@ -78,3 +78,37 @@ def test_switching_when_armed_is_caught(
     assert caught, "five checkpoints with the wrong instant and no mismatch: the guest's check is worth nothing"
     writer.send("rate 1500")
     assert writer.sweep() == 0
+
+
+def until(peer: client.Client, wanted: str, seconds: float = 60) -> int:
+    """Wait until checkpoint *wanted* is under way; how many are."""
+    end = time.monotonic() + seconds
+    while wanted not in (names := [one["checkpoint"] for one in peer.status()["rounds"]]):
+        assert time.monotonic() < end, names
+        time.sleep(0.02)
+    return len(names)
+
+
+def test_stacked_checkpoints_are_each_of_their_own_instant(box: guest.Sandbox, writer: guest.Console) -> None:
+    """The next one begins while the disks of those before are still being copied (at 4 MB a second); all restore."""
+    before = writer.beat()
+    running, deepest = [], 0
+    with client.Client.connect(paths.home(box.home).vm("v").control_socket) as peer:
+        for number in range(4):
+            running.append(box.start("checkpoint", "v", "--name", f"s{number}", "--rate", "4M", "--wait", "60"))
+            deepest = max(deepest, until(peer, f"s{number}"))
+    assert deepest >= 3, "they were to overlap"
+    shown = box.json("status", "v")["vms"][0]
+    assert [one["stage"] for one in shown["checkpoints"]][:1] == ["switched"] and shown["checkpoint"] == "s3"
+    for process in running:
+        output, complaint = process.communicate(timeout=180)
+        assert process.returncode == 0, output + complaint
+    assert box.json("status", "v")["vms"][0]["disks"][0]["overlay_bytes"] == 0
+    writer.check()
+    for number in (0, 2, 3):
+        console, mismatches = resume_and_compare(box, f"v@s{number}", f"p{number}")
+        assert mismatches == 0, f"s{number}: {console.complaints()}"
+        assert console.beat().token == before.token
+        box.stop(f"p{number}")
+        box.remove(f"p{number}")
+    assert writer.sweep() == 0
