@@ -27,16 +27,18 @@ Data flow
 Verbs
 =====
 ``hello`` comes first on every connection.  Steps are those of the procedure in :mod:`blkckpt.disk`.  "Driver" is
-the connection whose ``prepare`` succeeded last.
+the connection that prepared a checkpoint; each drives its own, and what it asks is about that one.
 
 ============  ===========================  =================================================  ===========
 verb          parameters                   answer                                             who may
 ============  ===========================  =================================================  ===========
 ``hello``     version, client              version, server, vm, pid, disks {name: {size}}     all
 ``status``    —                            the group's status (:class:`api.GroupStatus`):     all
-                                           state, checkpoint, violation, instant, job with
-                                           progress, warning, disks with layers and counters;
-                                           driver {pid, client} or null
+                                           state, checkpoint, violation, instant (of the
+                                           newest), rounds (every checkpoint under way, with
+                                           its driver), job with progress, warning, disks
+                                           with layers and counters; driver {pid, client} or
+                                           null
 ``prepare``   checkpoint                   {}     step 802; takes the lease                   all
 ``arm``       deadline (s); 1 descriptor   {}     flushes, then watches the QMP socket that   driver
                                            comes along (step 810 at the resume barrier)
@@ -46,7 +48,8 @@ verb          parameters                   answer                               
 ``copy``      store, parents {disk:        job    step 830; the job's result is               driver
               image | null}, rate (B/s)    {disks: {name: {image, size, new, …}}}
 ``commit``    —                            job    step 834, when the manifest is durable      driver
-``abort``     —                            job    from any state back to rest                 all
+``abort``     —                            job    gives the driver's checkpoint up; asked by  all
+                                           anybody else: all that are under way
 ``wait``      job, timeout (≤ 30 s)        job, state ``running`` | ``done`` | ``failed``,    all
                                            progress {done, total}, result, error
 ``shutdown``  —                            {}     the server stops after the answer           all

@@ -10,7 +10,7 @@ Each disk is a chain of layers::
 choose where writes go.  That is why the switch writes nothing to disk and costs the guest nothing: an overlay that is
 prepared and empty changes no read, whatever crashes.
 
-States (all disks of a VM together; :mod:`blkckpt.disk.group`)::
+States (all disks of a VM together, for one checkpoint; :mod:`blkckpt.disk.group`)::
 
     state        writes go to                                   what the driver waits for
     REST         the bottom                                     —
@@ -21,12 +21,17 @@ States (all disks of a VM together; :mod:`blkckpt.disk.group`)::
                                                                 at the switch are done (812)
     COMMITTING   blocks in the overlay: there; others: below    the overlay is empty (834), then removed (838)
 
+Checkpoints are *stacked*: a next one may be prepared when the one before has switched, however far that is from being
+copied.  Each has its overlay; the frozen chain of each is all that is below it.  Copies are made in the order of the
+switches, each relative to the one before; an overlay goes down, the lowest first, as soon as its own checkpoint is over.
+
 A request: range check (``disk``) → gate (``epoch``): epoch, view, ticket → ``chain``: runs of blocks by layer →
 ``layer``/``fileio``: data, then live bits → ticket back.  A flush: bottom up, per layer: take the dirty map pages, sync
 the data, write the pages, sync the map.
 
 Modules, lowest first: ``blocks`` ``blockmap`` ``format`` (pure) · ``fileio`` ``epoch`` ``job`` · ``maps`` ``layer`` ·
-``chain`` · ``commit`` ``fill`` ``copier`` ``stack`` · ``disk`` ``statefile`` · ``member`` ``background`` ``group``.
+``chain`` · ``commit`` ``fill`` ``copier`` ``stack`` · ``disk`` ``statefile`` · ``member`` · ``rounds`` ``background`` ·
+``group``.
 ``api`` and ``barrier`` are what others speak.
 
 Rules
@@ -48,7 +53,9 @@ Rules
 * **D10** Errors carry the true errno.  A write that fails sets no bit; space for maps is taken before a bit is set.
 * **D11** Zero and trim set bits over holes.  The last block may be short.
 * **D12** One writer per VM; every file says what it is, and one that is torn or foreign is an error with its name.
-* **D13** Changed bits are set before the data and believed only after a clean stop or on the same boot.
+* **D13** Changed bits are set before the data and believed only after a clean stop or on the same boot.  A block that
+  an overlay hands down is marked in the map of the overlay's own period before its bit there is cleared, so a copy that
+  reads overlays first and maps second misses nothing, whatever is committed meanwhile (:mod:`blkckpt.disk.member`).
 
 Crash windows
 -------------

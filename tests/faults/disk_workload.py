@@ -1,8 +1,9 @@
 """A random life of a VM's disks, run under the recorder: ``python -m tests.faults.disk_workload HOME SEED STEPS END``.
 
-Writes, zeroes and trims of all sizes from one and two threads, flushes, FUA, and a checkpoint in all its stages
-with guest writes in between: prepared, switched, copied (a stand-in that reads the frozen layers), committed,
-aborted.  Every request is announced to the log before it is issued and after it is acknowledged.
+Writes, zeroes and trims of all sizes from one and two threads, flushes, FUA, and up to three stacked checkpoints in all
+their stages with guest writes in between: prepared, switched, copied (a stand-in that reads the frozen layers),
+committed, aborted, in any order.  Every request is announced to the log before it is issued and after it is
+acknowledged.
 
 END is ``close`` for a clean stop; ``kill``: the process goes at once, as under kill -9, and its live maps stay; or
 ``rest``: it waits for the recovery's end, then stops.
@@ -43,6 +44,14 @@ def content(request: int, length: int) -> bytes:
     return random.Random(request).randbytes(length)
 
 
+class Round:
+    """A checkpoint under way."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.stage = "rest"
+
+
 class Life:
     """One run of the workload."""
 
@@ -50,7 +59,8 @@ class Life:
         self.group = opened
         self.rng = random.Random(seed)
         self.numbers = itertools.count(seed << 24)
-        self.stage = "rest"
+        self.rounds: list[Round] = []
+        self.jobs: list[job.Job] = []
 
     # ---- requests ----
 
@@ -117,36 +127,55 @@ class Life:
     # ---- the checkpoint ----
 
     def step(self) -> None:
-        """Work, and go one stage on with the checkpoint, or break it off."""
+        """Work, and begin a checkpoint, or go one stage on with one, or break one off."""
         self.work()
-        if self.stage == "rest":
-            while self.group.status().state is not api.State.REST:  # the recovery of the segment before
-                self.work()
-            self._to("prepared", lambda: self.group.prepare(f"c{next(self.numbers)}"))
-        elif self.rng.random() < 0.15:
-            self._finish(self.group.abort, "aborting")
-        elif self.stage == "prepared":
-            self._to("switched", self.group.switch)
-        elif self.stage == "switched":
-            self._to("copied", self.copy)
+        newest = self.rounds[-1] if self.rounds else None
+        if newest is None or (newest.stage != "prepared" and len(self.rounds) < 3 and self.rng.random() < 0.4):
+            self.begin()
+            return
+        one = self.rng.choice(self.rounds)
+        if self.rng.random() < 0.15:
+            self.end(one, "aborted", lambda: self.group.abort(one.name))
+        elif one.stage == "prepared":
+            self.move(one, "switched", lambda: self.group.switch(one.name))
+        elif one.stage == "switched":
+            first = next(other for other in self.rounds if other.stage == "switched")
+            self.move(first, "copied", lambda: self.copy(first.name))
         else:
-            self._finish(self.group.commit, "committing")
+            self.end(one, "committed", lambda: self.group.commit(one.name))
 
-    def _to(self, stage: str, action: Callable[[], object]) -> None:
-        mark(stage=f"{stage}?")
+    def begin(self) -> None:
+        while len(self.group.status().disks[0].overlays) >= 6:  # the recovery before, or commits that wait their turn
+            self.work()
+        one = Round(f"c{next(self.numbers)}")
+        self.move(one, "prepared", lambda: self.group.prepare(one.name))
+        self.rounds.append(one)
+
+    def move(self, one: Round, stage: str, action: Callable[[], object]) -> None:
+        mark(stage=f"{one.name} {stage}?")
         action()
-        mark(stage=stage)
-        self.stage = stage
+        mark(stage=f"{one.name} {stage}")
+        one.stage = stage
 
-    def copy(self) -> None:
+    def copy(self, name: str) -> None:
         """The stand-in reads nothing: what is copied is not this test's matter, when it may begin is the group's."""
         parents = dict.fromkeys(self.group.disks)
-        self._end(self.group.start_copy("/nonexistent", parents, command=STAND_IN))
+        self._end(self.group.start_copy("/nonexistent", parents, command=STAND_IN, checkpoint=name))
 
-    def _finish(self, action: Callable[[], job.Job], stage: str) -> None:
-        self._to(stage, lambda: self._end(action()))
-        mark(stage="rest")
-        self.stage = "rest"
+    def end(self, one: Round, stage: str, action: Callable[[], job.Job]) -> None:
+        """The job that it leaves may go on beside the next checkpoints' stages."""
+        before = one.stage
+        running: list[job.Job] = []
+        self.move(one, stage, lambda: running.append(action()))
+        self.rounds.remove(one)
+        if before == "prepared" or self.rng.random() < 0.5:
+            self._end(running[0])
+        else:
+            self.jobs += running
+
+    def settle(self) -> None:
+        for running in self.jobs:
+            self._end(running)
 
     def _end(self, running: job.Job) -> None:
         """Guest writes while the job runs, and its end."""
@@ -195,6 +224,10 @@ def main(home: str, seed: str, steps: str, end: str) -> None:
     if end == "kill":
         os._exit(0)
     if end == "rest":
+        life.settle()
+        while life.rounds:
+            life.end(life.rounds[-1], "aborted", lambda: opened.abort(life.rounds[-1].name))
+        life.settle()
         while opened.status().state is not api.State.REST:
             time.sleep(0.001)
     mark(stage="closing")

@@ -26,7 +26,7 @@ from tests.faults import crash, disk_workload, ledger, powerloss, recorder
 SIZES = {"vda": 600 * 1024 + 512, "vdb": 96 * 1024}
 """Small, so that a thousand states are soon read; the first one's last block is short (D11)."""
 
-SEGMENTS = (("5", "kill"), ("4", "close"), ("5", "kill"))
+SEGMENTS = (("8", "kill"), ("6", "close"), ("8", "kill"))
 """One life: steps of the checkpoint procedure, and how the server ends; each segment finds what the last one left."""
 
 SEEN = 1500
