@@ -23,7 +23,7 @@ States (all disks of a VM together, for one checkpoint; :mod:`blkckpt.disk.group
 
 Checkpoints are *stacked*: a next one may be prepared when the one before has switched, however far that is from being
 copied.  Each has its overlay; the frozen chain of each is all that is below it.  Copies are made in the order of the
-switches, each relative to the one before; an overlay goes down, the lowest first, as soon as its own checkpoint is over.
+switches, each relative to the one before; an overlay goes down, the lowest first, as soon as its checkpoint is over.
 
 A request: range check (``disk``) → gate (``epoch``): epoch, view, ticket → ``chain``: runs of blocks by layer →
 ``layer``/``fileio``: data, then live bits → ticket back.  A flush: bottom up, per layer: take the dirty map pages, sync
