@@ -24,7 +24,7 @@ RANKS: tuple[frozenset[str], ...] = (
         "disk.blockmap", "disk.format", "control.messages", "control.wire", "store.layout",
         "store.manifest", "agent.plan", "agent.qemuargs", "memory.stream", "memory.skeleton",
         "vm.definition", "vm.unfinished", "vm.writeprotect", "vm.commandline",
-        "vm.barrier",
+        "vm.barrier", "vm.lineage",
     }),
     frozenset({"store.backend", "store.codec", "store.index", "store.leaves", "store.lock"}),
     frozenset({

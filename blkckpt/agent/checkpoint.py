@@ -33,7 +33,7 @@ from blkckpt.control import client, messages
 from blkckpt.disk import barrier
 from blkckpt.store import manifest
 from blkckpt.store import store as stores
-from blkckpt.vm import guestagent, qmp
+from blkckpt.vm import guestagent, lineage, qmp
 
 STALL_SECONDS = 300.0
 """Nothing moved for so long: a dead disk or store.  A copy at its rate limit moves all the time."""
@@ -435,8 +435,8 @@ class Checkpoint:
 
     def _parent(self) -> str | None:
         """The checkpoint before this one: of those that have not failed and are not still being saved."""
-        before = [one.name for one in self._store.manifests(self.vm.name) if one.created_ns < self._created_ns]
-        return before[-1] if before else None
+        others = [(one.created_ns, one.name) for one in self._store.manifests(self.vm.name)]
+        return lineage.parent(self.vm.name, lineage.read(self.vm), others, self._created_ns)
 
     def _commit(self) -> None:
         with self._timed("commit"):

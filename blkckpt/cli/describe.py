@@ -65,11 +65,11 @@ def timings(one: manifest.Manifest) -> str:
     return output.fields({name.replace("_", " "): units.format_duration(value) for name, value in one.timings.items()})
 
 
-def overview(found: Sequence[manifest.Manifest]) -> str:
-    """One row a checkpoint."""
+def overview(found: Sequence[manifest.Manifest], leads: Sequence[str] | None = None) -> str:
+    """One row a checkpoint; *leads* is what to draw before each name."""
     rows = [
         (
-            f"{one.vm}@{one.name}",
+            f"{lead}{one.vm}@{one.name}",
             output.local_time(one.created_ns),
             one.consistency,
             units.format_size(sum(disk.size for disk in one.disks)),
@@ -77,7 +77,7 @@ def overview(found: Sequence[manifest.Manifest]) -> str:
             one.parent or "-",
             one.notes[0] if one.notes else "",
         )
-        for one in found
+        for lead, one in zip(leads or [""] * len(found), found, strict=True)
     ]
     return output.table(("CHECKPOINT", "TAKEN", "KIND", "DISKS", "MEMORY", "AFTER", "NOTE"), rows, ("DISKS", "MEMORY"))
 

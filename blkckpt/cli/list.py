@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from blkckpt import errors, units
-from blkckpt.cli import describe, output, session, verb
+from blkckpt.cli import describe, output, session, tree, verb
 from blkckpt.store import manifest
 
 
@@ -14,14 +14,16 @@ from blkckpt.store import manifest
     examples=(
         "blkckpt list",
         "blkckpt list web",
+        "blkckpt list --tree                        which came after which, with the branches that reverts left",
         "blkckpt list web --json | jq -r '.checkpoints[].name'",
     ),
     keys=f"checkpoints: [{{{describe.KEYS}}}], the oldest first",
 )
 @click.argument("name", metavar="[VM]", required=False)
+@click.option("--tree", "as_tree", is_flag=True, help="Each below the one that it came after, of whatever VM.")
 @verb.json_option
 @click.pass_obj
-def command(ours: session.Session, name: str | None, as_json: bool) -> None:
+def command(ours: session.Session, name: str | None, as_tree: bool, as_json: bool) -> None:
     """List the checkpoints of one VM, or of all, the oldest first."""
     if name is not None and name not in ours.home.vm_names():
         units.check_name(name, "VM name")
@@ -30,6 +32,9 @@ def command(ours: session.Session, name: str | None, as_json: bool) -> None:
         ours.vm(name)
     if as_json:
         output.write_json({"checkpoints": [describe.keys(one) for one in found]})
+    elif as_tree:
+        drawn = list(tree.order(found))
+        output.write(describe.overview([one for _, one in drawn], [lead for lead, _ in drawn]))
     else:
         output.write(describe.overview(found))
     if damaged:

@@ -19,7 +19,7 @@ from blkckpt import errors, paths
 from blkckpt.disk import api, group
 from blkckpt.store import manifest
 from blkckpt.store import store as stores
-from blkckpt.vm import definition, unfinished
+from blkckpt.vm import definition, lineage, unfinished
 
 
 @contextlib.contextmanager
@@ -58,6 +58,7 @@ def create(vm: paths.VmPaths, store: stores.Store, checkpoint: manifest.Manifest
     try:
         made = definition.create(vm, described, store=place, vm_id=vm_id)
         group.DiskGroup.create(vm, made.id, [_spec(disk) for disk in described])
+        lineage.write(vm, f"{checkpoint.vm}@{checkpoint.name}")
     except BaseException:
         store.unpin(vm_id)
         raise

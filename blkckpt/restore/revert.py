@@ -11,7 +11,7 @@ Phases::
               checked, so that a damaged store is found while the disk is still whole        (writes nothing)
     mark      unfinished.json, durable
     write     the chunks that differ; flush
-    clear     the mark goes
+    clear     the VM's lineage is noted, the mark goes
 
 A crash before *mark* has changed nothing.  After it the VM is refused by whoever would serve it until the revert is
 run again, which compares anew and so writes only what is still missing.
@@ -27,7 +27,7 @@ from blkckpt import errors, paths
 from blkckpt.disk import api, disk, group
 from blkckpt.store import images, layout, manifest
 from blkckpt.store import store as stores
-from blkckpt.vm import definition, unfinished
+from blkckpt.vm import definition, lineage, unfinished
 
 Progress = Callable[[str, int, int | None], None]
 """Called as (stage, bytes done, bytes in all) from the calling thread."""
@@ -70,6 +70,7 @@ def disks(
         for name, plan in plans.items():
             _write(ours.disks[name], readers[name], plan, progress)
         ours.close()
+        lineage.write(vm, f"{checkpoint.vm}@{checkpoint.name}")
         unfinished.clear(vm)
     return tuple(Reverted(name, readers[name].size, sum(length for _, length in plan)) for name, plan in plans.items())
 

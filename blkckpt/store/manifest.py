@@ -79,7 +79,11 @@ class MachineInfo:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One checkpoint.  ``timings`` are seconds by name, ``notes`` are sentences for the user."""
+    """One checkpoint.
+
+    ``parent`` is ``NAME`` of the same VM or ``VM@NAME``, and may have been removed.  ``timings`` are seconds by name,
+    ``notes`` are sentences for the user.
+    """
 
     vm: str
     name: str
@@ -196,7 +200,7 @@ def _manifest(reader: _Reader) -> Manifest:
         id=reader.image("id"),
         created_ns=reader.integer("created_ns", 0, 1 << 63),
         disks=disks,
-        parent=None if reader.get("parent") is None else reader.name("parent"),
+        parent=None if reader.get("parent") is None else reader.parent("parent"),
         memory=None if reader.get("memory") is None else _memory(reader.child("memory")),
         machine=None if reader.get("machine") is None else _machine(reader.child("machine")),
         consistency=consistency,
@@ -284,6 +288,16 @@ class _Reader:
             return units.check_name(self.string(key, 64), key)
         except errors.InputError as error:
             raise self.bad(key) from error
+
+    def parent(self, key: str) -> str:
+        """``NAME`` or ``VM@NAME``."""
+        value = self.string(key, 129)
+        try:
+            for part in value.split("@", 1):
+                units.check_name(part, key)
+        except errors.InputError as error:
+            raise self.bad(key) from error
+        return value
 
     def image(self, key: str) -> str:
         value = self.string(key, 32)
