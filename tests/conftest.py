@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("machine", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("machine")
+"""How long data takes to be made says what else the machine does, not whether the code is right."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,9 +4,11 @@
 ``plan``            the procedure as a pure table: ``(state, event) -> (state, actions)``, with its abort rows
 ``runner``          ``take``: locks, chooses the mode, walks the plan, says what went wrong
 ``checkpoint``      the actions themselves; the timings
+``history``         what a checkpoint owes to those before it: parents, lineage, old memory images
 ``machine``         the hypervisor's part of the actions
 ``receiver``        our end of the memory receiver, a child process
 ``turn``            whose turn it is at the guest
+``consistency``     checkpoints of several VMs, all stopped at the same time: where their runners meet
 ``guard``           the child that continues a guest whose agent was killed
 ``supervisor``      runs a VM: nbdkit and QEMU (with ``nbdserver``, ``qemuargs``, ``rundir``)
 ``forget``          removes a VM

@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from blkckpt import errors, paths
-from blkckpt.agent import guard, machine, plan, receiver, turn
+from blkckpt.agent import consistency, guard, history, machine, plan, receiver, turn
 from blkckpt.control import client, messages
 from blkckpt.disk import barrier
 from blkckpt.store import manifest
 from blkckpt.store import store as stores
-from blkckpt.vm import guestagent, lineage, qmp
+from blkckpt.vm import guestagent, qmp
 
 STALL_SECONDS = 300.0
 """Nothing moved for so long: a dead disk or store.  A copy at its rate limit moves all the time."""
@@ -91,7 +91,9 @@ class Checkpoint:
         guest: machine.Machine | None,
         held: turn.Turn,
         progress: Progress,
+        meeting: consistency.Meeting | None = None,
     ) -> None:
+        self._meeting = meeting
         self.vm, self._store, self._options, self.name = vm, store, options, name
         self._control, self._guest, self._turn, self._progress = control, guest, held, progress
         self._timings: dict[str, float] = {}
@@ -99,7 +101,7 @@ class Checkpoint:
         self._notes = list(options.notes)
         self._id = uuid.uuid4().hex
         self._info = guest.info() if guest else None
-        self._previous = store.manifests(vm.name)
+        self._history = history.History(vm, store)
         self._created_ns = 0
         self._prepared = False
         self._guard: guard.Guard | None = None
@@ -141,6 +143,10 @@ class Checkpoint:
                 getattr(self, f"_{action.name.lower()}")()
 
     @property
+    def full_name(self) -> str:
+        return f"{self.vm.name}@{self.name}"
+
+    @property
     def guest(self) -> machine.Machine:
         assert self._guest is not None
         return self._guest
@@ -155,30 +161,10 @@ class Checkpoint:
 
     def _prepare_disks(self) -> None:
         self._progress("prepare", 0, None)
-        self._parents = self._disk_parents()
+        self._parents = self._history.disk_parents(self._control.status()["disks"])
         with self._timed("prepare"):
             self._control.prepare(self.name)
         self._prepared = True
-
-    def _disk_parents(self) -> dict[str, str | None]:
-        """Each disk's previous image: the one its changed blocks are counted from, else that of the last checkpoint."""
-        there = set(self._store.image_ids())
-        last = {disk.name: disk for one in self._previous for disk in one.disks}
-        found: dict[str, str | None] = {}
-        for disk in self._control.status()["disks"]:
-            name, since = disk["name"], disk.get("changed_since")
-            before = last.get(name)
-            fallback = before.image if before and before.size == disk["size"] else None
-            chosen = since if since in there else fallback
-            found[name] = chosen if chosen in there else None
-        return found
-
-    def _memory_parents(self) -> dict[str, str | None]:
-        with_memory = [one.memory for one in self._previous if one.memory]
-        there = set(self._store.image_ids())
-        return (
-            {block.name: block.image for block in with_memory[-1].blocks if block.image in there} if with_memory else {}
-        )
 
     def _start_guard(self, *, frozen: bool) -> None:
         with self._timed("prepare"):
@@ -198,7 +184,7 @@ class Checkpoint:
         job = receiver.Job(
             self._store.path.resolve(),
             f"{self.vm.name}@{self.name}",
-            self._memory_parents(),
+            self._history.memory_parents(),
             self._memory_directory,
             self._options.keep_memory > 0,
             once=background,
@@ -300,6 +286,8 @@ class Checkpoint:
             self._timings["prefault"] = max(0.0, stop_us / 1e6 - self._migrate_at)
             self._timings["stopped"] = (resume_us - stop_us) / 1e6
             self._timings["switch"] = self._created_ns / 1e9 - resume_us / 1e6
+            if self._meeting is not None:
+                self._meeting.note(self.full_name, stop_us, resume_us)
 
     def _stop_guest(self) -> None:
         self._migrate_at = time.time()
@@ -421,22 +409,18 @@ class Checkpoint:
             id=self._id,
             created_ns=self._created_ns,
             disks=disks,
-            parent=self._parent(),
+            parent=self._history.parent(self._created_ns),
             memory=self._received.memory if self._received else None,
             machine=self._info,
             consistency=consistency,
             timings=dict(self._timings),
             notes=tuple(self._notes),
+            group=self._meeting.info() if self._meeting else None,
         )
         self._publishing = True
         with self._timed("publish"):
             self._store.put_manifest(built)
         self._published = built
-
-    def _parent(self) -> str | None:
-        """The checkpoint before this one: of those that have not failed and are not still being saved."""
-        others = [(one.created_ns, one.name) for one in self._store.manifests(self.vm.name)]
-        return lineage.parent(self.vm.name, lineage.read(self.vm), others, self._created_ns)
 
     def _commit(self) -> None:
         with self._timed("commit"):
@@ -466,18 +450,9 @@ class Checkpoint:
         return self._published
 
     def _forget_old_memory(self) -> None:
-        """Raw memory images of older checkpoints: the store has them all; these only made a lazy restore quicker.
-
-        Those of checkpoints under way stay.  One that has its turn may not be known to the disk server yet; then the
-        forgetting is left to it.
-        """
-        with contextlib.suppress(errors.BlkckptError), turn.take(self.vm):
-            kept = [one.name for one in self._store.manifests(self.vm.name) if one.memory]
-            keep = set(kept[-self._options.keep_memory :] if self._options.keep_memory else ())
-            keep.update(one["checkpoint"] for one in self._control.status()["rounds"])
-            for directory in self.vm.memory.iterdir() if self.vm.memory.is_dir() else ():
-                if directory.name not in keep:
-                    shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(errors.BlkckptError):
+            under_way = {one["checkpoint"] for one in self._control.status()["rounds"]}
+            self._history.forget_memory(self._options.keep_memory, under_way)
 
     # --- taking back ---
 

@@ -9,13 +9,15 @@ nothing has moved for :data:`STALL_SECONDS`, and renew the lease by asking.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from blkckpt import errors, log, paths, units
-from blkckpt.agent import checkpoint, machine, plan, turn
+from blkckpt.agent import checkpoint, consistency, machine, plan, turn
 from blkckpt.control import client
 from blkckpt.store import manifest
 from blkckpt.store import store as stores
@@ -41,9 +43,11 @@ def take(
     store: stores.Store,
     options: checkpoint.CheckpointOptions,
     progress: checkpoint.Progress = _ignore,
+    meeting: consistency.Meeting | None = None,
 ) -> manifest.Manifest:
     """Take a checkpoint of the running *vm* into *store*; returns its manifest.
 
+    With a *meeting* it is one of a group's, and waits for the others where they meet.
     Another checkpoint of the VM may be in its later stages meanwhile (:mod:`turn`).  Raises what failed, after
     everything has been taken back (A3); ``KeyboardInterrupt`` likewise.
     """
@@ -62,9 +66,42 @@ def take(
             guest = machine.Machine(session)
             guest.check()
         mode = _choose_mode(options, guest)
-        work = checkpoint.Checkpoint(vm, store, options, name, control, guest, held, progress)
+        if meeting is not None and mode not in consistency.MODES:
+            raise errors.InputError(
+                "a checkpoint of a group stops its guests: leave out --disk-only and --pause barrier"
+            )
+        work = checkpoint.Checkpoint(vm, store, options, name, control, guest, held, progress, meeting)
         stack.callback(work.close)
-        return _Runner(plan.Plan(mode), work, began).run()
+        return _Runner(plan.Plan(mode), work, began, meeting).run()
+
+
+def take_group(
+    members: Sequence[tuple[paths.VmPaths, definition.VmDefinition, stores.Store]],
+    options: checkpoint.CheckpointOptions,
+    progress: checkpoint.Progress = _ignore,
+) -> list[manifest.Manifest]:
+    """One checkpoint of several VMs, of one name, all stopped at the same time (:mod:`consistency`).
+
+    Raises the first error after all of them have been taken back.
+    """
+    if len({vm.name for vm, _, _ in members}) != len(members):
+        raise errors.InputError("a VM is named twice")
+    name = options.name or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    options = dataclasses.replace(options, name=name, pause=EXPLICIT)
+    meeting = consistency.Meeting([f"{vm.name}@{name}" for vm, _, _ in members])
+
+    def told(vm: str) -> checkpoint.Progress:
+        def tell(stage: str, done: int, total: int | None) -> None:
+            meeting.check()
+            progress(f"{vm}: {stage}", done, total)
+
+        return tell
+
+    takers = {
+        f"{vm.name}@{name}": functools.partial(take, vm, wanted, store, options, told(vm.name), meeting)
+        for vm, wanted, store in members
+    }
+    return consistency.together(takers, meeting)
 
 
 def _choose_name(store: stores.Store, vm: str, wanted: str | None, under_way: Collection[str] = ()) -> str:
@@ -106,8 +143,14 @@ def _choose_mode(options: checkpoint.CheckpointOptions, guest: machine.Machine |
 class _Runner:
     """Walks the plan.  Decides nothing."""
 
-    def __init__(self, walk: plan.Plan, work: checkpoint.Checkpoint, began: float) -> None:
-        self._plan, self._work, self._began = walk, work, began
+    def __init__(
+        self,
+        walk: plan.Plan,
+        work: checkpoint.Checkpoint,
+        began: float,
+        meeting: consistency.Meeting | None = None,
+    ) -> None:
+        self._plan, self._work, self._began, self._meeting = walk, work, began, meeting
         self._error: BaseException | None = None
         self._troubles: list[str] = []
 
@@ -125,11 +168,15 @@ class _Runner:
 
     def _do(self, actions: tuple[plan.Action, ...]) -> plan.Event:
         try:
+            if self._meeting is not None:
+                self._meeting.meet(self._plan.state)
             for action in actions:
                 logger.debug("%s", action.value)
                 self._work.perform(action, self._plan.mode)
         except BaseException as error:  # whatever it is, it is taken back first and raised then
             self._error = error
+            if self._meeting is not None:
+                self._meeting.fail(self._work.full_name, error)
             fields = {"vm": self._work.vm.name, "state": self._plan.state.value, "error": str(error)}
             logger.debug("checkpoint fails", extra={"fields": fields})
             return plan.Event.FAILED

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from blkckpt import errors, units
+from blkckpt import errors, paths, units
 from blkckpt.agent import checkpoint as agent
 from blkckpt.agent import rundir, runner
 from blkckpt.cli import describe, names, output, session, verb
@@ -22,15 +24,17 @@ KEPT = 2
     examples=(
         "blkckpt checkpoint web",
         "blkckpt checkpoint web --name before-upgrade --note 'kernel 6.1.90'",
+        "blkckpt checkpoint web db --name nightly     both, stopped at the same time: a consistency group",
         "blkckpt checkpoint db --disk-only --guest-agent /run/db-qga.sock",
         "blkckpt checkpoint web --rate 50M --json | jq '.stopped_ms, .added_bytes'",
     ),
     keys=(
         f"{describe.KEYS}, stopped_ms (null: the guest was not stopped), seconds (all of it), "
-        "added_bytes (what the store grew by)"
+        "added_bytes (what the store grew by); for several VMs checkpoints: [the same], spread_ms (between the stops "
+        "of the first and the last guest)"
     ),
 )
-@verb.vm_argument
+@click.argument("vms", metavar="VM...", nargs=-1, required=True)
 @click.option("--name", "checkpoint", metavar="CKPT", help="Its name [default: the time, UTC].")
 @click.option("--note", "notes", multiple=True, metavar="TEXT", help="Kept with it and shown by list. Repeat for more.")
 @click.option(
@@ -62,7 +66,7 @@ KEPT = 2
 @click.pass_obj
 def command(
     ours: session.Session,
-    name: str,
+    vms: tuple[str, ...],
     checkpoint: str | None,
     notes: tuple[str, ...],
     pause: str,
@@ -76,9 +80,11 @@ def command(
 ) -> None:
     """Take a checkpoint of a running VM: disks, memory and devices, all of one instant, while it runs on.
 
-    Interrupted, or failed at any point, it is taken back and nothing is left.
+    Of several VMs, all of them are stopped at the same time, for as long as the slowest needs to get ready: what one
+    has acknowledged to another is in that other's checkpoint. Interrupted, or failed at any point, it is taken back
+    and nothing is left.
     """
-    vm, wanted = ours.vm(name)
+    members = [ours.vm(name) for name in dict.fromkeys(vms)]
     options = agent.CheckpointOptions(
         name=None if checkpoint is None else names.check_new_checkpoint(checkpoint),
         pause=pause,
@@ -90,22 +96,39 @@ def command(
         notes=notes,
         wait=wait,
     )
-    _check_choices(options)
+    _check_choices(options, len(members))
+    for vm, _ in members:
+        _check_running(vm, options)
+    with contextlib.ExitStack() as stack:
+        places = [stack.enter_context(ours.store_for_writing(vm.name)) for vm, _ in members]
+        before = [stored(place) for place in places]
+        with ours.reporter() as bars:
+            if len(members) == 1:
+                taken = [runner.take(*members[0], places[0], options, bars.update)]
+            else:
+                group = [(vm, wanted, place) for (vm, wanted), place in zip(members, places, strict=True)]
+                taken = runner.take_group(group, options, bars.update)
+        _report(taken, [stored(place) - size for place, size in zip(places, before, strict=True)], as_json)
+
+
+def _check_running(vm: paths.VmPaths, options: agent.CheckpointOptions) -> None:
     running = rundir.find(vm)
     if running is None:
-        raise errors.StateError(f"VM {name} does not run; start it first: blkckpt run {name} -- qemu-system-x86_64 …")
-    if running.machine is None and qmp is None and not disk_only:
         raise errors.StateError(
-            f"VM {name} is served without a QEMU of ours: give QEMU's own socket with --qmp, or take --disk-only"
+            f"VM {vm.name} does not run; start it first: blkckpt run {vm.name} -- qemu-system-x86_64 …"
         )
-    with ours.store_for_writing(name) as place:
-        before = stored(place)
-        with ours.reporter() as bars:
-            taken = runner.take(vm, wanted, place, options, bars.update)
-        _report(taken, stored(place) - before, as_json)
+    if running.machine is None and options.qmp is None and not options.disks_only:
+        raise errors.StateError(
+            f"VM {vm.name} is served without a QEMU of ours: give QEMU's own socket with --qmp, or take --disk-only"
+        )
 
 
-def _check_choices(options: agent.CheckpointOptions) -> None:
+def _check_choices(options: agent.CheckpointOptions, count: int) -> None:
+    if count > 1 and (options.disks_only or options.qmp or options.pause == runner.BARRIER):
+        raise errors.InputError(
+            "a checkpoint of several VMs stops all of them at once, through the QEMU that blkckpt runs: "
+            "leave out --disk-only, --qmp and --pause barrier"
+        )
     if options.guest_agent and not options.disks_only:
         raise errors.InputError("--guest-agent goes with --disk-only: a checkpoint with memory needs no freezing")
     if options.rate is not None and options.rate < 1:
@@ -117,21 +140,37 @@ def stored(place: store.Store) -> int:
     return sum(size for _, size in place.packs.ids())
 
 
-def _report(taken: manifest.Manifest, added: int, as_json: bool) -> None:
-    stopped = taken.timings.get("stopped")
-    seconds = taken.timings.get("total", 0.0)
-    if as_json:
-        figures: dict[str, Any] = {
-            "stopped_ms": None if stopped is None else stopped * 1000,
-            "seconds": seconds,
-            "added_bytes": added,
-        }
-        output.write_json({**describe.keys(taken), **figures})
+def _report(taken: Sequence[manifest.Manifest], added: Sequence[int], as_json: bool) -> None:
+    """What was taken.  Of several VMs in one store *added* is what all of them brought."""
+    group = taken[0].group
+    if not as_json:
+        for one, size in zip(taken, added, strict=True):
+            output.write(_sentence(one, size))
+        if group is not None:
+            output.write(f"all of them stood still at one time, stopped within {units.format_duration(group.spread)}")
         return
+    figures = [{**describe.keys(one), **_figures(one, size)} for one, size in zip(taken, added, strict=True)]
+    if group is None:
+        output.write_json(figures[0])
+    else:
+        output.write_json({"checkpoints": figures, "spread_ms": group.spread * 1000})
+
+
+def _figures(taken: manifest.Manifest, added: int) -> dict[str, Any]:
+    stopped = taken.timings.get("stopped")
+    return {
+        "stopped_ms": None if stopped is None else stopped * 1000,
+        "seconds": taken.timings.get("total", 0.0),
+        "added_bytes": added,
+    }
+
+
+def _sentence(taken: manifest.Manifest, added: int) -> str:
+    stopped = taken.timings.get("stopped")
     pause = (
         "the guest was not stopped" if stopped is None else f"the guest stopped for {units.format_duration(stopped)}"
     )
-    output.write(
+    return (
         f"{taken.vm}@{taken.name}: {pause}; {units.format_size(describe.size(taken))} saved in "
-        f"{units.format_duration(seconds)}, {units.format_size(added)} added to the store"
+        f"{units.format_duration(taken.timings.get('total', 0.0))}, {units.format_size(added)} added to the store"
     )

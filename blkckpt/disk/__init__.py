@@ -31,7 +31,7 @@ the data, write the pages, sync the map.
 
 Modules, lowest first: ``blocks`` ``blockmap`` ``format`` (pure) · ``fileio`` ``epoch`` ``job`` · ``maps`` ``layer`` ·
 ``chain`` · ``commit`` ``fill`` ``copier`` ``stack`` · ``disk`` ``statefile`` · ``member`` · ``rounds`` ``background`` ·
-``group``.
+``copying`` · ``group``.
 ``api`` and ``barrier`` are what others speak.
 
 Rules

@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from blkckpt import durable, errors, log, paths, units
-from blkckpt.disk import api, background, chain, copier, disk, member, rounds, stack, statefile
+from blkckpt.disk import api, background, copier, copying, disk, member, rounds, stack, statefile
 from blkckpt.disk import barrier as barriers
 from blkckpt.disk import format as formats
 from blkckpt.disk import job as jobs
@@ -42,8 +42,6 @@ State = api.State
 Stage = rounds.Stage
 STOP_SECONDS = 30.0
 COPY_COMMAND = (sys.executable, "-m", "blkckpt.store.ingest")
-REMEMBERED = 64
-"""Images of past checkpoints, per disk, whose number is known."""
 
 
 class DiskGroup:
@@ -60,17 +58,15 @@ class DiskGroup:
         self._states = threading.RLock()
         self._gate_lock = threading.Lock()
         self._members: dict[str, member.Member] = {}
-        self._rounds: list[rounds.Round] = []
+        self._under_way = rounds.UnderWay(self._gate_lock)
         self._armed: rounds.Round | None = None
-        self._numbers = 0
-        self._origins: dict[str, tuple[int, str]] = {}  # image → number of its checkpoint, store
         self._warning: str | None = None
         self._jobs = jobs.Registry()
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._filler = background.Filler(file, self._warn)
         self._emptier = background.Emptier(
-            self._members, file, self._states, self._gate_lock, self._held_locked, self._warn, self._stop
+            self._members, file, self._states, self._gate_lock, self._under_way.held_locked, self._warn, self._stop
         )
         self._started = False
         self._closed = False
@@ -125,18 +121,11 @@ class DiskGroup:
             else:
                 self._rest()
 
-    # ---- which checkpoint ----
-
     def _find(self, checkpoint: str | None, doing: str) -> rounds.Round:
         """The checkpoint of that name, else the newest; StateError if it is not under way."""
         if self._closed:
             raise errors.StateError(f"cannot {doing}: the disks of VM {self._vm.name} are not served any more")
-        with self._gate_lock:
-            found = [one for one in self._rounds if checkpoint in (None, one.checkpoint)]
-        if found:
-            return found[-1]
-        which = f"checkpoint {checkpoint} is not" if checkpoint else "no checkpoint is"
-        raise errors.StateError(f"cannot {doing}: {which} under way")
+        return self._under_way.find(checkpoint, doing)
 
     # ---- 802 to 810 ----
 
@@ -149,11 +138,7 @@ class DiskGroup:
         with self._control:
             self._check_room(checkpoint)
             self._check_sound()
-            self._numbers += 1
-            until = None if lease is None else time.monotonic() + lease
-            with self._gate_lock:
-                one = rounds.Round(self._numbers, checkpoint, until, stacked=bool(self._rounds))
-                self._rounds.append(one)
+            one = self._under_way.begin(checkpoint, lease)
             try:
                 self._filler.stop()
                 for item in self._members.values():
@@ -161,7 +146,7 @@ class DiskGroup:
                 with self._states:
                     self._make_overlays(one)
             except BaseException:
-                self._remove(one)
+                self._under_way.remove(one)
                 self._rest()
                 raise
 
@@ -169,14 +154,8 @@ class DiskGroup:
         doing = f"prepare checkpoint {checkpoint}"
         if self._closed:
             raise errors.StateError(f"cannot {doing}: the disks of VM {self._vm.name} are not served any more")
-        with self._gate_lock:
-            under_way = list(self._rounds)
-            depth = max((len(item.state.overlays) for item in self._members.values()), default=0)
-        if under_way and under_way[-1].instant is None:
-            newest = under_way[-1]
-            raise errors.StateError(f"cannot {doing}: checkpoint {newest.checkpoint} has not switched yet")
-        if any(one.checkpoint == checkpoint for one in under_way):
-            raise errors.StateError(f"cannot {doing}: one of that name is under way")
+        self._under_way.check_begin(checkpoint, doing)
+        depth = max((len(item.state.overlays) for item in self._members.values()), default=0)
         if depth >= rounds.MAX_OVERLAYS:
             raise errors.StateError(
                 f"cannot {doing}: {depth} overlays are still to be saved or committed; wait until there are fewer "
@@ -311,42 +290,9 @@ class DiskGroup:
                 name: copier.CopyOptions(program, store, rate, f"{label}/{name}" if label else name)
                 for name in self._members
             }
-            one.copying = self._jobs.run("copy", lambda running: self._copy(running, one, options, store, parents))
+            work = copying.Work(one, self._members, self._under_way, options, store, parents, self._check_sound)
+            one.copying = self._jobs.run("copy", work.run)
             return one.copying
-
-    def _copy(
-        self,
-        running: jobs.Job,
-        one: rounds.Round,
-        options: Mapping[str, copier.CopyOptions],
-        store: str,
-        parents: Mapping[str, str | None],
-    ) -> Mapping[str, Any]:
-        one.await_turn(self._before(one), running.cancelled)
-        sizes = {name: item.state.size for name, item in self._members.items()}
-        results = copier.run_all(
-            sizes, lambda name: self._freeze(one, name, store, parents.get(name)), options, running
-        )
-        self._check_sound()
-        one.store, one.images = store, {name: str(result["image"]) for name, result in results.items()}
-        one.settled.set()
-        return {"disks": results}
-
-    def _before(self, one: rounds.Round) -> list[rounds.Round]:
-        with self._gate_lock:
-            return [other for other in self._rounds if other.number < one.number]
-
-    def _freeze(self, one: rounds.Round, name: str, store: str, fallback: str | None) -> copier.FrozenDisk:
-        """A disk as of *one*, with the best parent: the image of the checkpoint before, which may not be over yet."""
-        item, part = self._members[name], one.parts[name]
-        earlier = self._before(one)
-        if earlier and earlier[-1].images is not None and earlier[-1].store == store:
-            return item.freeze(part, earlier[-1].images[name], earlier[-1].number)
-        since = item.since(part)
-        number, home = self._origins.get(since or "", (0, None))
-        if since is not None and (since == fallback or (one.stacked and home == store)):
-            return item.freeze(part, since, number)
-        return item.freeze(part, fallback, None)
 
     # ---- 834, abort ----
 
@@ -365,8 +311,8 @@ class DiskGroup:
                 }
                 self._file.save(changes)
                 self._take(changes)
-            self._remember(one)
-            self._remove(one)
+            self._under_way.remember(one)
+            self._under_way.remove(one)
             return self._leave("commit", lambda running: self._let_go(one))
 
     def abort(self, checkpoint: str | None = None) -> jobs.Job:
@@ -380,7 +326,7 @@ class DiskGroup:
             if self._state() is State.REST:
                 return jobs.Job("abort").run(lambda running: {})
             with self._gate_lock:
-                leaving = [one for one in self._rounds if checkpoint in (None, one.checkpoint)]
+                leaving = self._under_way.named_locked(checkpoint)
                 chosen = [one for one in leaving if one.stage is not Stage.OVER]
                 for one in chosen:
                     if one.stage is Stage.ARMED:
@@ -394,7 +340,7 @@ class DiskGroup:
                 one.copying.cancel()
                 one.copying.wait()
             self._hand_on_patiently(one)
-            self._remove(one)
+            self._under_way.remove(one)
         for one in leaving:  # others may be at it
             while not one.left.wait(0.1):
                 if self._stop.is_set():
@@ -419,21 +365,6 @@ class DiskGroup:
         for name, state in changes.items():
             self._members[name].state = state
 
-    def _remember(self, one: rounds.Round) -> None:
-        assert one.images is not None and one.store is not None
-        for image in one.images.values():
-            self._origins[image] = (one.number, one.store)
-        while len(self._origins) > REMEMBERED * len(self._members):
-            del self._origins[next(iter(self._origins))]
-
-    def _remove(self, one: rounds.Round) -> None:
-        """*one* is over: its overlays are free."""
-        with self._gate_lock:
-            one.stage = Stage.OVER
-            self._rounds.remove(one)
-        one.settled.set()
-        one.left.set()
-
     def _leave(self, kind: str, first: Callable[[jobs.Job], None]) -> jobs.Job:
         """A job that does *first*, and then commits every free overlay."""
 
@@ -448,7 +379,7 @@ class DiskGroup:
     def _rest(self) -> None:
         """If nothing is under way: fill restored disks."""
         with self._gate_lock:
-            if self._rounds or self._emptier.busy_locked or not self._started or self._stop.is_set():
+            if self._under_way.rounds or self._emptier.busy_locked or not self._started or self._stop.is_set():
                 return
             self._filler.start([item for item in self._members.values() if item.filling])
 
@@ -461,10 +392,8 @@ class DiskGroup:
     def _watch(self) -> None:
         """Mind the arming deadline and the drivers' leases (D7)."""
         while not self._stop.is_set():
-            now = time.monotonic()
-            with self._gate_lock:
-                times = [when for one in self._rounds for when in (one.deadline, one.lease) if when is not None]
-            self._wake.wait(min(1.0, max(0.0, min(times) - now)) if times else 1.0)
+            when = self._under_way.next_time()
+            self._wake.wait(1.0 if when is None else min(1.0, max(0.0, when - time.monotonic())))
             self._wake.clear()
             with contextlib.suppress(errors.BlkckptError):
                 self._expire(time.monotonic())
@@ -474,11 +403,8 @@ class DiskGroup:
             armed = self._armed
             if armed is not None and armed.deadline is not None and now >= armed.deadline:
                 self._disarm_locked(armed, "the guest was not resumed before the deadline")
-            silent = [one for one in self._rounds if one.lease is not None and now >= one.lease]
-        for one in silent if not self._stop.is_set() else ():
-            one.lease = None
-            fields = {"vm": self._vm.name, "checkpoint": one.checkpoint}
-            _log.warning("the driver of the checkpoint went silent: aborting", extra={"fields": fields})
+        for one in self._under_way.take_silent(now) if not self._stop.is_set() else ():
+            self._warn(f"the driver of checkpoint {one.checkpoint} went silent: it is given up")
             self.abort(one.checkpoint)
 
     def _warn(self, text: str | None) -> None:
@@ -489,29 +415,23 @@ class DiskGroup:
     def _check_sound(self) -> None:
         """No checkpoint is acknowledged over a file whose fsync failed (D9)."""
         for item in self._members.values():
-            reason = chain.failure(item.view)
-            if reason is not None:
-                raise errors.PoisonedError(f"{reason}; restart the server of VM {self._vm.name}")
-
-    def _held_locked(self) -> frozenset[str]:
-        """The overlays that checkpoints under way need where they are."""
-        return frozenset[str]().union(*(one.overlays() for one in self._rounds))
+            item.check_sound()
 
     def _state(self) -> State:
         with self._gate_lock:
             return self._state_locked()
 
     def _state_locked(self) -> State:
-        for one in reversed(self._rounds):
+        for one in reversed(self._under_way.rounds):
             if one.stage in (Stage.PREPARED, Stage.ARMED, Stage.SWITCHED):
                 return State(one.stage.value)
-        if self._rounds or self._emptier.busy_locked:
+        if self._under_way.rounds or self._emptier.busy_locked:
             return State.COMMITTING
         return State.REST
 
     def status(self) -> api.GroupStatus:
         with self._gate_lock:
-            state, under_way = self._state_locked(), list(self._rounds)
+            state, under_way = self._state_locked(), list(self._under_way.rounds)
         latest = self._jobs.latest()
         newest = under_way[-1] if under_way else None
         return api.GroupStatus(

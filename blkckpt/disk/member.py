@@ -76,6 +76,12 @@ class Member:
     def view(self) -> chain.View:
         return self.gate.current.view
 
+    def check_sound(self) -> None:
+        """PoisonedError over a file whose fsync failed (D9)."""
+        reason = chain.failure(self.view)
+        if reason is not None:
+            raise errors.PoisonedError(f"{reason}; restart the server of VM {self.place.vm.name}")
+
     @property
     def filling(self) -> bool:
         return self.state.source is not None

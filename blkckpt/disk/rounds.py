@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 import threading
+import time
 from collections.abc import Mapping
 
 from blkckpt import errors
@@ -88,3 +89,93 @@ class Round:
             while not one.settled.wait(0.1):
                 if stop.is_set():
                     raise errors.StateError("the copy was stopped")
+
+
+class UnderWay:
+    """The checkpoints under way, oldest first, guarded by the group's gate *lock*."""
+
+    REMEMBERED = 256
+    """Images of past checkpoints whose number is known."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self.rounds: list[Round] = []
+        self._lock = lock
+        self._number = 0
+        self._origins: dict[str, tuple[int, str]] = {}
+
+    def begin(self, checkpoint: str, lease: float | None) -> Round:
+        """A new one; *lease* is seconds."""
+        until = None if lease is None else time.monotonic() + lease
+        with self._lock:
+            self._number += 1
+            one = Round(self._number, checkpoint, until, stacked=bool(self.rounds))
+            self.rounds.append(one)
+        return one
+
+    def check_begin(self, checkpoint: str, doing: str) -> None:
+        """StateError unless a checkpoint of that name may begin."""
+        with self._lock:
+            rounds = list(self.rounds)
+        if rounds and rounds[-1].instant is None:
+            raise errors.StateError(f"cannot {doing}: checkpoint {rounds[-1].checkpoint} has not switched yet")
+        if any(one.checkpoint == checkpoint for one in rounds):
+            raise errors.StateError(f"cannot {doing}: one of that name is under way")
+
+    def find(self, checkpoint: str | None, doing: str) -> Round:
+        """The checkpoint of that name, else the newest; StateError if it is not under way."""
+        with self._lock:
+            found = self.named_locked(checkpoint)
+        if found:
+            return found[-1]
+        which = f"checkpoint {checkpoint} is not" if checkpoint else "no checkpoint is"
+        raise errors.StateError(f"cannot {doing}: {which} under way")
+
+    def named_locked(self, checkpoint: str | None) -> list[Round]:
+        """The checkpoint of that name, or all."""
+        return [one for one in self.rounds if checkpoint in (None, one.checkpoint)]
+
+    def before(self, one: Round) -> list[Round]:
+        """Those that are older than *one*."""
+        with self._lock:
+            return [other for other in self.rounds if other.number < one.number]
+
+    def remove(self, one: Round) -> None:
+        """*one* is over: its overlays are free."""
+        with self._lock:
+            one.stage = Stage.OVER
+            self.rounds.remove(one)
+        one.settled.set()
+        one.left.set()
+
+    def held_locked(self) -> frozenset[str]:
+        """The overlays that checkpoints under way need where they are."""
+        return frozenset[str]().union(*(one.overlays() for one in self.rounds))
+
+    def next_time(self) -> float | None:
+        """When the first lease or deadline ends."""
+        with self._lock:
+            return min(
+                (when for one in self.rounds for when in (one.deadline, one.lease) if when is not None), default=None
+            )
+
+    def take_silent(self, now: float) -> list[Round]:
+        """Those whose lease is over; they have none any more."""
+        with self._lock:
+            silent = [one for one in self.rounds if one.lease is not None and now >= one.lease]
+            for one in silent:
+                one.lease = None
+        return silent
+
+    # ---- what images are of ----
+
+    def remember(self, one: Round) -> None:
+        """*one* is durable: its images may be what later changes are relative to."""
+        assert one.images is not None and one.store is not None
+        for image in one.images.values():
+            self._origins[image] = (one.number, one.store)
+        while len(self._origins) > self.REMEMBERED:
+            del self._origins[next(iter(self._origins))]
+
+    def origin(self, image: str | None) -> tuple[int, str | None]:
+        """The number of the checkpoint that *image* is of (0: not of this server's) and the store it is in."""
+        return self._origins.get(image or "", (0, None))

@@ -78,6 +78,16 @@ class MachineInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupInfo:
+    """The consistency group that a checkpoint belongs to: its members (``VM@NAME``), and the seconds between the
+    stops of the first and the last of their guests."""
+
+    id: str
+    members: tuple[str, ...]
+    spread: float
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """One checkpoint.
 
@@ -96,6 +106,7 @@ class Manifest:
     consistency: str = "crash"
     timings: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     notes: tuple[str, ...] = ()
+    group: GroupInfo | None = None
     version: int = VERSION
 
     def images(self) -> list[str]:
@@ -122,6 +133,7 @@ def encode(manifest: Manifest) -> bytes:
         "consistency": manifest.consistency,
         "timings": dict(manifest.timings),
         "notes": list(manifest.notes),
+        "group": _encode_group(manifest.group),
     }
     try:
         data = seal(fields)
@@ -206,6 +218,7 @@ def _manifest(reader: _Reader) -> Manifest:
         consistency=consistency,
         timings=MappingProxyType(reader.timings()),
         notes=reader.items("notes", _string(4096)),
+        group=None if reader.get("group") is None else _group(reader.child("group")),
     )
 
 
@@ -240,6 +253,17 @@ def _machine(reader: _Reader) -> MachineInfo:
         qemu_version=reader.string("qemu_version", 256),
         ram_size=reader.integer("ram_size", 0, MAX_BYTES),
     )
+
+
+def _encode_group(group: GroupInfo | None) -> dict[str, Any] | None:
+    return None if group is None else {"id": group.id, "members": list(group.members), "spread": group.spread}
+
+
+def _group(reader: _Reader) -> GroupInfo:
+    spread = reader.get("spread")
+    if not isinstance(spread, int | float) or not 0 <= spread < math.inf:
+        raise reader.bad("spread")
+    return GroupInfo(reader.image("id"), reader.items("members", _string(129)), float(spread))
 
 
 def _string(limit: int) -> Callable[[Any, str], str]:

@@ -153,7 +153,7 @@ def test_all_disks_switch_at_one_instant(rig: disks.Rig) -> None:
         for turn in range(15):
             rig.group.prepare(f"c{turn}")
             rig.group.switch()
-            (under_way,) = rig.group._rounds
+            (under_way,) = rig.group._under_way.rounds
             for name, item in rig.group._members.items():
                 item.freeze(under_way.parts[name], None, None).release()  # drained
             one, two = base(rig, "vda"), base(rig, "vdb")
