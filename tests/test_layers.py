@@ -26,6 +26,9 @@ RANKS: tuple[frozenset[str], ...] = (
         "vm.definition", "vm.unfinished", "vm.writeprotect", "vm.commandline",
         "vm.barrier", "vm.lineage",
     }),
+    frozenset({"view.source", "view.parsing"}),
+    frozenset({"view.partitions", "view.probe", "view.guestfs"}),
+    frozenset({"view.parser", "view.volumes"}),
     frozenset({"store.backend", "store.codec", "store.index", "store.leaves", "store.lock"}),
     frozenset({
         "disk.fileio", "disk.epoch", "disk.job", "control.server", "control.client", "control.quitter",
