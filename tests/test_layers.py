@@ -29,6 +29,8 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"view.source", "view.parsing"}),
     frozenset({"view.partitions", "view.probe", "view.guestfs"}),
     frozenset({"view.parser", "view.volumes"}),
+    frozenset({"view.walk"}),
+    frozenset({"view.extract"}),
     frozenset({"store.backend", "store.codec", "store.index", "store.leaves", "store.lock"}),
     frozenset({
         "disk.fileio", "disk.epoch", "disk.job", "control.server", "control.client", "control.quitter",

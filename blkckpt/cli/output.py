@@ -28,6 +28,16 @@ def write(text: str) -> None:
         raise click.exceptions.Exit(PIPE_CLOSED) from None
 
 
+def write_bytes(data: bytes) -> None:
+    """Write *data* as it is to standard output."""
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        _forget_stdout()
+        raise click.exceptions.Exit(PIPE_CLOSED) from None
+
+
 def write_json(value: Any) -> None:
     """Write *value* as one indented JSON document."""
     write(json.dumps(value, indent=2, default=str))

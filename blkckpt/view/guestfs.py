@@ -170,8 +170,14 @@ class Btrfs:
     def stat(self, node: Any) -> Stat:
         one = node.inode
         return (
-            one.mode, node.size, node.mtime_ns, node.ctime_ns, node.atime_ns, one.uid, one.gid, node.inum, one.nlink,
+            one.mode, node.size, node.mtime_ns, node.ctime_ns, node.atime_ns,
+            one.uid, one.gid, self._inode(node), one.nlink,
         )  # fmt: skip
+
+    def _inode(self, node: Any) -> int:
+        """The inode number; every subvolume counts anew, so that of another one carries its number on top."""
+        other = node.subvolume.objectid != self.root.subvolume.objectid
+        return int(node.inum | (node.subvolume.objectid & 0xFFFF) << 48 if other else node.inum)
 
     def link(self, node: Any) -> str:
         return str(node.link)
