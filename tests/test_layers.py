@@ -30,7 +30,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"view.partitions", "view.probe", "view.guestfs"}),
     frozenset({"view.parser", "view.volumes"}),
     frozenset({"view.walk"}),
-    frozenset({"view.extract"}),
+    frozenset({"view.extract", "view.heatmap"}),
     frozenset({"store.backend", "store.codec", "store.index", "store.leaves", "store.lock"}),
     frozenset({
         "disk.fileio", "disk.epoch", "disk.job", "control.server", "control.client", "control.quitter",
@@ -46,7 +46,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"disk.chain", "store.store"}),
     frozenset({
         "agent.history", "disk.copier", "disk.commit", "disk.fill", "disk.stack", "store.check", "store.ingest",
-        "memory.feed",
+        "memory.feed", "view.changes", "view.filediff", "view.report",
     }),
     frozenset({"disk.disk", "disk.statefile", "memory.receive", "agent.forget", "agent.checkpoint"}),
     frozenset({"disk.member"}),

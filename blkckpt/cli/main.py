@@ -29,6 +29,8 @@ VERBS = {
     "checkpoint": "Take a checkpoint of a running VM.",
     "list": "List checkpoints.",
     "show": "Show one checkpoint.",
+    "diff": "Show what two checkpoints differ in.",
+    "report": "Write a VM's history as one HTML page.",
     "ls": "List a guest's files in a checkpoint.",
     "cat": "Write a guest's file to standard output.",
     "cp": "Copy a guest's files out of a checkpoint.",

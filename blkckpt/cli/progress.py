@@ -29,6 +29,10 @@ class Reporter(Protocol):
 
     def update(self, stage: str, done: int, total: int | None) -> None: ...
 
+    def count(self, stage: str, done: int) -> None:
+        """*done* things, of an unknown number, that are no bytes."""
+        ...
+
     def __enter__(self) -> Self: ...
 
     def __exit__(
@@ -48,6 +52,9 @@ class Silent:
     """Says nothing."""
 
     def update(self, stage: str, done: int, total: int | None) -> None:
+        return
+
+    def count(self, stage: str, done: int) -> None:
         return
 
     def __enter__(self) -> Self:
@@ -82,6 +89,12 @@ class Bars(Silent):
                 self._tasks[stage] = self._progress.add_task(stage, total=total)
         self._progress.update(self._tasks[stage], completed=done, total=total)
 
+    def count(self, stage: str, done: int) -> None:
+        with self._lock:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._progress.add_task(stage, total=None)
+        self._progress.update(self._tasks[stage], description=f"{stage}: {done:,}")
+
     def __enter__(self) -> Self:
         self._progress.start()
         return self
@@ -101,6 +114,8 @@ class _Stage:
     done: int = 0
     total: int | None = None
     spoke: bool = field(default=False)
+    things: bool = field(default=False)
+    """Counts things, not bytes."""
 
 
 class Lines(Silent):
@@ -123,6 +138,15 @@ class Lines(Silent):
                 entry.said, entry.spoke = now, True
                 self._say(stage, entry, now)
 
+    def count(self, stage: str, done: int) -> None:
+        now = self._clock()
+        with self._lock:
+            entry = self._stages.setdefault(stage, _Stage(began=now, base=0, said=now, things=True))
+            entry.done = done
+            if now - entry.said >= INTERVAL:
+                entry.said, entry.spoke = now, True
+                self._say(stage, entry, now)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -132,7 +156,11 @@ class Lines(Silent):
                     self._say(name, entry, self._clock())
 
     def _say(self, name: str, entry: _Stage, now: float) -> None:
-        print(f"blkckpt: {describe(name, entry.done, entry.total, entry.base, now - entry.began)}", file=self._stream)
+        if entry.things:
+            words = f"{name}: {entry.done:,}"
+        else:
+            words = describe(name, entry.done, entry.total, entry.base, now - entry.began)
+        print(f"blkckpt: {words}", file=self._stream)
         self._stream.flush()
 
 

@@ -16,6 +16,10 @@ MAX_RUNS = 1 << 22
 """Runs of one file: four million, 16 GiB of file in scattered 4 KiB blocks.  More is a made-up table."""
 
 
+MAX_SHARED = 64
+"""How often a file may name a byte of its volume: parts of it may be shared (reflinks), but not without end."""
+
+
 class Source(Protocol):
     """*size* bytes; reads are exact within them."""
 
@@ -52,24 +56,28 @@ class Window:
 class Runs:
     """A source in pieces: ``(position in inner or None for zeros, length)``, in bytes, one after the other.
 
-    What is beyond the runs up to *size*, and what they claim beyond the end of *inner*, reads as zeros.
-    CorruptError for runs that cannot be.
+    What is beyond the runs up to *size* reads as zeros.  CorruptError for runs that cannot be: outside of *inner*, or
+    so many that they name each of its bytes more than :data:`MAX_SHARED` times.
     """
 
     def __init__(self, inner: Source, runs: Iterable[tuple[int | None, int]], size: int) -> None:
         self.inner, self.size = inner, size
         self._starts: list[int] = []
         self._places: list[int | None] = []
-        self.covered = 0
-        for place, length in runs:
-            if length < 0 or (place is not None and place < 0) or len(self._starts) >= MAX_RUNS:
-                raise errors.CorruptError(f"a file's block table is impossible ({length} bytes at {place})")
-            if length and self.covered < size:
+        self.covered = named = 0
+        for place, claimed in runs:
+            length = min(claimed, size - self.covered)
+            named += 0 if place is None else length
+            if claimed < 0 or not self._possible(place, length) or named > MAX_SHARED * inner.size:
+                raise errors.CorruptError(f"a file's block table is impossible ({claimed} bytes at {place})")
+            if length:
                 if not self._continues(place):
                     self._starts.append(self.covered)
                     self._places.append(place)
                 self.covered += length
-        self.covered = min(self.covered, size)
+
+    def _possible(self, place: int | None, length: int) -> bool:
+        return len(self._starts) < MAX_RUNS and (place is None or 0 <= place <= self.inner.size - length)
 
     def _continues(self, place: int | None) -> bool:
         """Whether a run at *place* goes on where the last one ends."""
@@ -106,7 +114,16 @@ class Runs:
 
 
 def _piece(inner: Source, place: int | None, length: int) -> bytes:
-    if place is None:
-        return bytes(length)
-    data = inner.read(place, min(length, inner.size - place)) if place < inner.size else b""
-    return data if len(data) == length else data + bytes(length - len(data))
+    return bytes(length) if place is None else inner.read(place, length)
+
+
+def ranges(source: Source, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """Where a range of *source* lies in the source at the very bottom (a disk): ``(offset, length)``, without holes."""
+    if isinstance(source, Window):
+        yield from ranges(source.inner, source.offset + offset, min(length, source.size - offset))
+    elif isinstance(source, Runs):
+        for place, count in source.pieces(offset, length):
+            if place is not None:
+                yield from ranges(source.inner, place, count)
+    else:
+        yield offset, length
