@@ -26,7 +26,7 @@ RANKS: tuple[frozenset[str], ...] = (
         "vm.definition", "vm.unfinished", "vm.writeprotect", "vm.commandline",
         "vm.barrier", "vm.lineage",
     }),
-    frozenset({"view.source", "view.parsing"}),
+    frozenset({"view.source", "view.parsing", "view.jbd2"}),
     frozenset({"view.partitions", "view.probe", "view.guestfs"}),
     frozenset({"view.parser", "view.volumes"}),
     frozenset({"view.walk"}),

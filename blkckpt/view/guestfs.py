@@ -16,6 +16,8 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
+from blkckpt.view import jbd2
+
 Runs = list[tuple[int | None, int]]
 """Where a file's bytes lie on the volume: (position or None for zeros, length)."""
 
@@ -68,14 +70,30 @@ def clean(name: str) -> str:
 
 
 class Ext:
-    """ext2, ext3, ext4."""
+    """ext2, ext3, ext4, with what a mount would take from the journal (:mod:`blkckpt.view.jbd2`)."""
 
     folds_case = False
-    _ENCRYPTED, _COMPRESSED, _INLINE, _EXTENTS = 0x800, 0x4, 0x10000000, 0x80000
+    _ENCRYPTED, _COMPRESSED, _INLINE, _RECOVER = 0x800, 0x4, 0x10000000, 0x4
 
     def __init__(self, stream: Any) -> None:
-        self._fs = importlib.import_module("dissect.extfs.extfs").ExtFS(stream)
+        library = importlib.import_module("dissect.extfs.extfs")
+        self._fs = library.ExtFS(stream)
+        self._journal: jbd2.Overlaid | None = None
+        if self._fs.sb.s_feature_incompat & self._RECOVER and self._fs.sb.s_journal_inum:
+            self._journal = self._replayed(stream)
+        if self._journal is not None:
+            self._fs = library.ExtFS(self._journal)
         self.root = self._fs.root
+
+    def _replayed(self, stream: Any) -> jbd2.Overlaid | None:
+        """The volume as a mount would make it; None when its journal has nothing to say."""
+        journal = self._fs.get_inode(self._fs.sb.s_journal_inum)
+        size, blocks = jbd2.replay(journal.open())
+        if not blocks:
+            return None
+        if size != self._fs.block_size:
+            raise DamagedError("its journal has other blocks than the file system")
+        return jbd2.Overlaid(stream, size, blocks, self.runs(journal) or [])
 
     def children(self, node: Any) -> Iterator[tuple[str, Any]]:
         _check_directory(node.size)
@@ -104,7 +122,8 @@ class Ext:
                 raise UnsupportedError("the file lies in its inode's attributes (inline_data)")
             return None
         size = self._fs.block_size
-        return [(None if not block else block * size, count * size) for block, count in node.dataruns()]
+        found = [(None if not block else block * size, count * size) for block, count in node.dataruns()]
+        return found if self._journal is None else self._journal.redirected(found)
 
     def open(self, node: Any) -> Any:
         return node.open()
