@@ -27,8 +27,8 @@ Numbers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 Progress = Callable[[int, int], None]
 
-_TOGETHER = 128
-"""Leaves looked at together: 3.5 MiB of each image."""
+_TOGETHER = 32
+"""Leaves looked at together: 0.9 MiB of each image, which a processor's cache holds."""
 
 _READ = 64
 """Chunks of one read while refining: 4 MiB of each image."""
@@ -122,8 +122,7 @@ def compare(old: images.ImageReader | None, new: images.ImageReader | None) -> D
     """
     old_size, new_size = (one.size if one else 0 for one in (old, new))
     before, after = _directory(old), _directory(new)
-    different = np.flatnonzero(_differ(*_padded(before, after)))
-    different = np.union1d(different, _uneven(old_size, new_size)).astype(np.int64)
+    different = np.union1d(_differ(*_padded(before, after)), _uneven(old_size, new_size)).astype(np.int64)
     found = [_leaves(old, new, different[at : at + _TOGETHER]) for at in range(0, len(different), _TOGETHER)]
     chunks = np.concatenate([one[0] for one in found]) if found else np.zeros(0, np.int64)
     states = np.concatenate([one[1] for one in found]) if found else np.zeros(0, np.uint8)
@@ -193,13 +192,14 @@ def _extended(entries: layout.Array, count: int) -> layout.Array:
     return result
 
 
-def _differ(left: layout.Array, right: layout.Array) -> Mask:
+def _differ(left: layout.Array, right: layout.Array) -> Numbers:
     """Where two arrays of entries name different contents (where a chunk is kept does not matter)."""
-    a, b = left["hash"], right["hash"]
-    mask: Mask = left["raw"] != right["raw"]
-    for word in range(layout.HASH // 8):
-        mask |= a[:, word] != b[:, word]
-    return mask
+    words = layout.ENTRY.size // 8
+    flat = (np.frombuffer(side, np.uint64) for side in (left, right))
+    candidates = np.unique(np.flatnonzero(np.not_equal(*flat)) // words)
+    a, b = left[candidates], right[candidates]
+    found: Numbers = candidates[(a["raw"] != b["raw"]) | (a["hash"] != b["hash"]).any(axis=1)]
+    return found
 
 
 def _uneven(old_size: int, new_size: int) -> Numbers:
@@ -214,7 +214,7 @@ def _leaves(
 ) -> tuple[Numbers, npt.NDArray[np.uint8]]:
     """The chunks that differ in these leaves, and how."""
     left, right = (_entries(one, numbers) for one in (old, new))
-    at = np.flatnonzero(_differ(left, right))
+    at = _differ(left, right)
     states = np.full(len(at), State.CHANGED, np.uint8)
     states[left["raw"][at] == 0] = State.FILLED
     states[right["raw"][at] == 0] = State.ZEROED
@@ -223,10 +223,6 @@ def _leaves(
 
 def _entries(image: images.ImageReader | None, numbers: Numbers) -> layout.Array:
     """The entries of these leaves, 512 for each, zeros beyond the image's end."""
-    result = np.zeros(len(numbers) * layout.LEAF, layout.ENTRY_TYPE)
-    if image is None:
-        return result
-    inside = int(np.searchsorted(numbers, layout.leaf_count(image.size)))
-    for index, entries in enumerate(image.leaves(numbers[:inside].tolist())):
-        result[index * layout.LEAF : index * layout.LEAF + len(entries)] = entries
-    return result
+    inside = int(np.searchsorted(numbers, layout.leaf_count(image.size))) if image else 0
+    found = image.leaves(numbers[:inside].tolist()) if image else np.zeros(0, layout.ENTRY_TYPE)
+    return _extended(found, len(numbers) * layout.LEAF)
