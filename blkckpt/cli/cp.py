@@ -120,7 +120,7 @@ def _say(report: extract.Report, as_json: bool) -> None:
             f"{units.format_size(report.bytes)}"
         )
         for one in report.problems[:SHOWN]:
-            click.echo(f"blkckpt: left out: {guestpath.printable(f'{one.path}: {one.why}')}", err=True)
+            click.echo(f"blkckpt: left out: {output.printable(f'{one.path}: {one.why}')}", err=True)
     if report.problems:
         count = len(report.problems)
         raise errors.CorruptError(f"{count} {'file was' if count == 1 else 'files were'} not copied; the rest was")

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from blkckpt import errors, units
-from blkckpt.cli import guestpath, names, output, progress, session, verb
+from blkckpt.cli import names, output, progress, session, verb
 from blkckpt.store import compare, images, layout
 from blkckpt.view import changes, filediff, heatmap, volumes, walk
 
@@ -88,7 +88,7 @@ def command(
     if found is not None and found.problems:
         disk, problem = found.problems[0]
         raise errors.CorruptError(
-            f"not compared: {disk} {guestpath.printable(problem.path)}: {problem.why} ({len(found.problems)} in all)"
+            f"not compared: {disk} {output.printable(problem.path)}: {problem.why} ({len(found.problems)} in all)"
         )
 
 
@@ -260,4 +260,4 @@ def _file_lines(files: _Files) -> Iterator[str]:
     marks = {filediff.What.ADDED: "+", filediff.What.REMOVED: "-", filediff.What.CHANGED: "~"}
     for disk, one in files.steps:
         how = f"  ({', '.join(one.how)})" if one.how else ""
-        yield f"{marks[one.what]} {disk}:{one.volume}:{guestpath.printable(one.path)}{how}"
+        yield f"{marks[one.what]} {disk}:{one.volume}:{output.printable(one.path)}{how}"

@@ -119,10 +119,10 @@ def locate(address: Address, places: list[Place]) -> Located:
             found.append(Located(place, path))
         except errors.NotFoundError:
             continue
-        except errors.CorruptError:
+        except (errors.CorruptError, errors.StateError) as error:
             if len(places) == 1:
                 raise
-            passed.append(f"{place} is damaged")
+            passed.append(f"{place} is not read: {error}")
     if len(found) == 1:
         return found[0]
     if found:
@@ -139,15 +139,3 @@ def narrowing(command: _C) -> _C:
     """The options ``--disk`` and ``--volume``."""
     command = click.option("--volume", metavar="NAME", help="Look on this partition or LVM volume only.")(command)
     return click.option("--disk", metavar="DISK", help="Look on this disk only.")(command)
-
-
-def printable(text: str) -> str:
-    """A guest's text for a terminal: what would control it is shown as an escape."""
-    return "".join(one if one.isprintable() else _escaped(one) for one in text)
-
-
-def _escaped(one: str) -> str:
-    number = ord(one)
-    if 0xDC80 <= number <= 0xDCFF:  # a byte that is not UTF-8
-        return f"\\x{number - 0xDC00:02x}"
-    return f"\\u{number:04x}" if 0xD800 <= number <= 0xDFFF else one.encode("unicode_escape").decode()

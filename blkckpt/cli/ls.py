@@ -57,7 +57,7 @@ def command(
         else:
             output.write(_text(found, files, long=long, paths=recursive))
     if problems:
-        raise errors.CorruptError(f"not listed: {guestpath.printable(problems[0].path)}: {problems[0].why}")
+        raise errors.CorruptError(f"not listed: {output.printable(problems[0].path)}: {problems[0].why}")
 
 
 def _volumes(places: list[guestpath.Place], as_json: bool) -> None:
@@ -81,10 +81,10 @@ def _volumes(places: list[guestpath.Place], as_json: bool) -> None:
     rows = [
         (
             place.disk,
-            place.volume.name or "-",
+            output.printable(place.volume.name) or "-",
             place.volume.kind,
             units.format_size(place.volume.source.size),
-            guestpath.printable(place.volume.label),
+            output.printable(place.volume.label),
             place.volume.problem,
         )
         for place in places
@@ -136,13 +136,13 @@ def _when(entry: volumes.Entry) -> int:
 
 def _text(found: guestpath.Located, files: _Files, *, long: bool, paths: bool) -> str:
     if not long:
-        return "\n".join(guestpath.printable(path if paths else entry.name) for path, entry in files)
+        return "\n".join(output.printable(path if paths else entry.name) for path, entry in files)
     return "\n".join(_aligned(list(_rows(found, files, paths))))
 
 
 def _rows(found: guestpath.Located, files: _Files, paths: bool) -> Iterator[tuple[str, ...]]:
     for path, entry in files:
-        name = guestpath.printable(path if paths else entry.name)
+        name = output.printable(path if paths else entry.name)
         target = _target(found, path, entry)
         yield (
             stat.filemode(entry.mode),
@@ -151,7 +151,7 @@ def _rows(found: guestpath.Located, files: _Files, paths: bool) -> Iterator[tupl
             str(entry.gid),
             str(entry.size),
             output.local_time(_when(entry)),
-            name if target is None else f"{name} -> {guestpath.printable(target)}",
+            name if target is None else f"{name} -> {output.printable(target)}",
         )
 
 

@@ -16,7 +16,7 @@ import click
 
 import blkckpt
 from blkckpt import errors, log, paths
-from blkckpt.cli import session
+from blkckpt.cli import output, session
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
@@ -99,7 +99,7 @@ def report(error: Exception, *, debug: bool) -> int:
 
 def complain(text: str) -> None:
     """One line on standard error, whatever *text* holds."""
-    click.echo(f"blkckpt: {' '.join(text.split())}", err=True)
+    click.echo(f"blkckpt: {output.printable(' '.join(text.split()))}", err=True)
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})

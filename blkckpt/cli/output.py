@@ -57,6 +57,18 @@ def fields(pairs: Mapping[str, object]) -> str:
     return "\n".join(f"{key + ':':<{width + 1}}  {value}".rstrip() for key, value in pairs.items())
 
 
+def printable(text: str) -> str:
+    """Text that others chose, for a terminal: what would control it is shown as an escape."""
+    return "".join(one if one.isprintable() else _escaped(one) for one in text)
+
+
+def _escaped(one: str) -> str:
+    number = ord(one)
+    if 0xDC80 <= number <= 0xDCFF:  # a byte that is not UTF-8
+        return f"\\x{number - 0xDC00:02x}"
+    return f"\\u{number:04x}" if 0xD800 <= number <= 0xDFFF else one.encode("unicode_escape").decode()
+
+
 def timestamp(nanoseconds: int) -> str:
     """A point in time as JSON has it: UTC, ISO 8601, milliseconds."""
     seconds, rest = divmod(nanoseconds, 10**9)

@@ -104,7 +104,7 @@ class _Copier:
     def tree(self, path: str, entry: volumes.Entry, root: int, name: str, shown: str) -> None:
         """A directory and all below it.  *open* are the directories from the top to where the walk is."""
         top = path.rstrip("/")
-        opened = [(top, entry, self._folder(root, name, shown))]
+        opened = [(top, *self._folder(root, name, shown, entry))]
         try:
             for step in walk.walk(self._volume, path):
                 if isinstance(step, walk.Problem):
@@ -116,7 +116,7 @@ class _Copier:
                     self._leave(*opened.pop())
                 here = shown + below[len(top) :]
                 if one.is_directory:
-                    opened.append((below, one, self._folder(opened[-1][2], last, here)))
+                    opened.append((below, *self._folder(opened[-1][2], last, here, one)))
                 else:
                     self.one(below, one, opened[-1][2], last, len(opened) - 1, here)
         finally:
@@ -140,22 +140,27 @@ class _Copier:
     def _skip(self, path: str, why: str) -> None:
         self._report.problems.append(walk.Problem(path, why))
 
-    def _folder(self, parent: int, name: str, shown: str) -> int:
+    def _folder(self, parent: int, name: str, shown: str, entry: volumes.Entry) -> tuple[volumes.Entry | None, int]:
+        """The directory, opened; with the entry whose mode and times it gets at last, None if it was there."""
+        made: volumes.Entry | None = entry
         with _saying(f"making {shown}"):
             try:
                 os.mkdir(name, 0o700, dir_fd=parent)
             except FileExistsError:
                 if not self._options.replace:
                     raise _taken(shown) from None
+                made = None
             try:
                 opened = os.open(name, _FOLDER, dir_fd=parent)
             except OSError as error:
                 raise TakenError(f"{shown} is there and is no directory; remove it first") from error
         self._report.directories += 1
-        return opened
+        return made, opened
 
-    def _leave(self, _path: str, entry: volumes.Entry, folder: int) -> None:
+    def _leave(self, _path: str, entry: volumes.Entry | None, folder: int) -> None:
         try:
+            if entry is None:
+                return
             os.fchmod(folder, _mode(entry) | stat.S_IRWXU)
             os.utime(folder, ns=_times(entry))
         except OSError:

@@ -92,7 +92,7 @@ def _directory(both: _Comparison, path: str, depth: int) -> Iterator[Step]:
     """A directory that is in both."""
     try:
         left, right = ({one.name: one for one in side.list(path or "/")} for side in (both.old, both.new))
-    except errors.BlkckptError as error:
+    except (errors.CorruptError, errors.StateError, errors.NotFoundError) as error:
         yield walk.Problem(path or "/", str(error))
         return
     if depth > walk.MAX_DEPTH:

@@ -11,7 +11,7 @@ import pytest
 from click import testing
 
 from blkckpt import errors, paths
-from blkckpt.cli import guestpath, main
+from blkckpt.cli import guestpath, main, output
 from blkckpt.view import extract
 from tests.support import checkpoints, guestdisks
 
@@ -143,7 +143,7 @@ def test_names_do_not_control_the_terminal() -> None:
     assert "\x1b" not in said
     assert "say \\x1b[31mred\\nrm" in said
     assert OLD_NAME in [one["name"] for one in json.loads(run("ls", "web@before:vda:2:/", "--json").stdout)["files"]]
-    assert guestpath.printable("a\udcffb\u202ec") == "a\\xffb\\u202ec"
+    assert output.printable("a\udcffb\u202ec") == "a\\xffb\\u202ec"
 
 
 # --- cp
