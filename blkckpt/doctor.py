@@ -14,6 +14,7 @@ import ctypes
 import enum
 import fcntl
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -80,6 +81,7 @@ def examine(home: paths.Home) -> Iterator[Finding]:
         ("reflink", lambda: reflink(home)),
         ("free space", lambda: free_space(home)),
         ("libraries", libraries),
+        ("guest files", guest_files),
         ("leftovers", lambda: leftovers(home)),
     )
     for name, check in checks:
@@ -198,6 +200,17 @@ def libraries() -> Finding:
     if missing:
         return Finding("libraries", Status.FAIL, f"missing: {', '.join(missing)}", REINSTALL)
     return Finding("libraries", Status.OK, "lz4, blake3, numpy, qemu.qmp")
+
+
+def guest_files() -> Finding:
+    """An extra, therefore never a warning: whoever left it out (its license is AGPL) meant to."""
+    names = [f"dissect.{name}" for name in ("extfs", "xfs", "btrfs", "ntfs", "fat", "volume")]
+    missing = [name for name in names if not _is_there(name)]
+    if missing:
+        return Finding(
+            "guest files", Status.OK, f"not installed, optional: pip install 'blkckpt[files]' ({', '.join(missing)})"
+        )
+    return Finding("guest files", Status.OK, "ext2/3/4, XFS, Btrfs, NTFS, FAT, LVM")
 
 
 # The kernel
@@ -393,3 +406,11 @@ def _import(name: str) -> ModuleType | None:
         return importlib.import_module(name)
     except ImportError:
         return None
+
+
+def _is_there(name: str) -> bool:
+    """Whether a module could be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:  # its parent is not there
+        return False

@@ -10,9 +10,10 @@ Errors: NotFoundError (with ENOTDIR where it is that), InputError (EISDIR: not a
 damaged or made-up file system, StateError for what is recognised but cannot be read, MissingError when the optional
 extra ``files`` is not installed.
 
-What is read is what is on the disk.  In a checkpoint of a running guest that is what its kernel had written back by
-then; what was still in its journal or its page cache is not seen (``checkpoint --guest-agent`` has the guest write
-all of it first).
+What is read is what is on the disk.  In a checkpoint of a running guest that is what its kernel had written by then:
+of ext3 and ext4 with what is in the journal (:mod:`blkckpt.view.jbd2`), as a mount would see it; the logs of XFS, Btrfs
+and NTFS are not replayed, and what was in the page cache is not seen (``checkpoint --guest-agent`` has the guest
+write all of it first).
 """
 
 from __future__ import annotations

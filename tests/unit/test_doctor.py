@@ -37,7 +37,7 @@ def fake(directory: Path, name: str, script: str) -> None:
 
 def test_every_check_gives_a_finding(home: paths.Home) -> None:
     findings = list(doctor.examine(home))
-    assert len({finding.name for finding in findings}) == len(findings) == 14
+    assert len({finding.name for finding in findings}) == len(findings) == 15
     for finding in findings:
         assert finding.found
         assert finding.advice or finding.status is doctor.Status.OK, "what is not well says what to do"
@@ -145,3 +145,11 @@ def test_command(tmp_path: Path, programs: Path) -> None:
     assert {"name", "status", "found", "advice"} == set(answer["findings"][0])
     assert result.stderr.startswith("blkckpt: this machine lacks: nbdkit")
     assert not (tmp_path / "h").exists(), "looking makes nothing"
+
+
+def test_guest_files_are_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.guest_files().status is doctor.Status.OK
+    monkeypatch.setattr(doctor, "_is_there", lambda name: name != "dissect.xfs")
+    finding = doctor.guest_files()
+    assert finding.status is doctor.Status.OK
+    assert "blkckpt[files]" in finding.found and "dissect.xfs" in finding.found
