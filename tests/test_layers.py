@@ -22,7 +22,7 @@ RANKS: tuple[frozenset[str], ...] = (
     # Pure: values and bytes, no process, no socket.
     frozenset({
         "disk.blockmap", "disk.format", "control.messages", "control.wire", "store.layout",
-        "store.manifest", "agent.plan", "agent.qemuargs", "memory.stream", "memory.skeleton",
+        "store.manifest", "store.retention", "agent.plan", "agent.qemuargs", "memory.stream", "memory.skeleton",
         "vm.definition", "vm.unfinished", "vm.writeprotect", "vm.commandline",
         "vm.barrier", "vm.lineage",
     }),
@@ -35,14 +35,16 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({
         "disk.fileio", "disk.epoch", "disk.job", "control.server", "control.client", "control.quitter",
         "vm.qmp", "vm.guestagent",
-        "store.packs", "store.pins", "memory.image", "memory.generate",
+        "store.packs", "store.pins", "store.labels", "memory.image", "memory.generate",
     }),
     frozenset({
         "disk.maps", "memory.assemble", "agent.rundir", "agent.guard", "agent.turn", "agent.consistency",
         "agent.machine", "agent.receiver",
     }),
     frozenset({"disk.layer", "memory.intake", "store.images", "agent.nbdserver"}),
-    frozenset({"store.collect", "store.compare", "store.frozen", "store.writer"}),
+    frozenset({"store.compare", "store.frozen", "store.marks", "store.writer"}),
+    frozenset({"store.repack"}),
+    frozenset({"store.collect"}),
     frozenset({"disk.chain", "store.store"}),
     frozenset({
         "agent.history", "disk.copier", "disk.commit", "disk.fill", "disk.stack", "store.check", "store.ingest",

@@ -31,7 +31,7 @@ from blkckpt import errors, paths
 from blkckpt.agent import consistency, guard, history, machine, plan, receiver, turn
 from blkckpt.control import client, messages
 from blkckpt.disk import barrier
-from blkckpt.store import manifest
+from blkckpt.store import labels, manifest
 from blkckpt.store import store as stores
 from blkckpt.vm import guestagent, qmp
 
@@ -64,7 +64,8 @@ class CheckpointOptions:
     *pause*: ``barrier``; ``explicit`` (also for guests that cannot be snapshot in the background); ``auto`` (barrier
     where it works, else explicit).  *keep_memory*: raw memory images of so many of the newest checkpoints are kept
     for lazy restore.  *rate*: bytes a second of the disk copy.  *qmp*: the QMP socket if it is not the VM's own.
-    *notes*: sentences to keep in the manifest.  *wait*: seconds to wait for a checkpoint that has its turn.
+    *notes*: sentences to keep in the manifest.  *labels*: tags, and whether it is pinned.  *wait*: seconds to wait for
+    a checkpoint that has its turn.
     """
 
     name: str | None = None
@@ -76,6 +77,7 @@ class CheckpointOptions:
     qmp: Path | None = None
     notes: tuple[str, ...] = ()
     wait: float = 0.0
+    labels: labels.Labels = labels.NONE
 
 
 class Checkpoint:
@@ -419,7 +421,7 @@ class Checkpoint:
         )
         self._publishing = True
         with self._timed("publish"):
-            self._store.put_manifest(built)
+            self._store.put_manifest(built, self._options.labels)
         self._published = built
 
     def _commit(self) -> None:
@@ -471,7 +473,7 @@ class Checkpoint:
         if self._publishing:
             with contextlib.suppress(errors.NotFoundError):
                 if self._store.manifest(self.vm.name, self.name).id == self._id:
-                    self._store.remove(self.vm.name, self.name)
+                    self._store.remove(self.vm.name, self.name, pinned=True)
 
     def _remove_memory(self) -> None:
         if self._receiver is not None:

@@ -63,12 +63,13 @@ class ChunkIndex:
                 self._discard(error)
         return found
 
-    def add(self, pack: int, size: int, records: layout.Array) -> None:
-        """Remember the chunks of a sealed pack; the first place of a chunk stays."""
+    def add(self, pack: int, size: int, records: layout.Array, *, prefer: bool = False) -> None:
+        """Remember the chunks of a sealed pack; the first place of a chunk stays, unless this one is to be preferred
+        (the other will be deleted)."""
         with self._lock:
             self._sizes[pack] = size
             try:
-                self._insert(self._connect(), pack, size, records)
+                self._insert(self._connect(), pack, size, records, prefer=prefer)
             except sqlite3.DatabaseError as error:
                 self._discard(error)
 
@@ -155,14 +156,17 @@ class ChunkIndex:
         self._insert(database, pack, self._sizes[pack], records)
         return 1
 
-    def _insert(self, database: sqlite3.Connection, pack: int, size: int, records: layout.Array) -> None:
+    def _insert(
+        self, database: sqlite3.Connection, pack: int, size: int, records: layout.Array, *, prefer: bool = False
+    ) -> None:
+        verb = "REPLACE" if prefer else "IGNORE"
         blob = _blob(pack)
         rows = sorted(
             (digest, blob, place, stored, raw, _crc(digest, blob, place, stored, raw))
             for digest, place, stored, raw in _RECORD.iter_unpack(records.tobytes())
         )
         with database:
-            database.executemany("INSERT OR IGNORE INTO chunks VALUES (?,?,?,?,?,?)", rows)
+            database.executemany(f"INSERT OR {verb} INTO chunks VALUES (?,?,?,?,?,?)", rows)
             database.execute("INSERT OR REPLACE INTO packs VALUES (?,?)", (blob, size))
 
     def _connect(self) -> sqlite3.Connection:

@@ -60,7 +60,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -155,6 +155,10 @@ class Table:
     @property
     def chunks(self) -> int:
         return chunk_count(self.size)
+
+    def at(self, leaves: Array) -> Table:
+        """The same image with its leaves elsewhere."""
+        return replace(self, leaves=leaves)
 
 
 def chunk_count(size: int) -> int:

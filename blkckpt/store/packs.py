@@ -46,6 +46,10 @@ class SealedPack:
     records: layout.Array
 
 
+class MissingPackError(errors.CorruptError):
+    """A pack that a table names is not in the store.  Who has an old table may find the chunk by the present one."""
+
+
 class PackWriter:
     """One pack being written.  Call ``seal`` or ``abort``."""
 
@@ -166,7 +170,7 @@ class Packs:
         try:
             return self.backend.get(layout.pack_key(pack), offset, length)
         except errors.NotFoundError as error:
-            raise errors.CorruptError(f"{what}: pack {pack:016x} is missing from the store") from error
+            raise MissingPackError(f"{what}: pack {pack:016x} is missing from the store") from error
         except errors.CorruptError as error:
             raise errors.CorruptError(f"{what}: {error}") from error
 
