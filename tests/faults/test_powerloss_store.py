@@ -171,4 +171,4 @@ def test_negative_control_tables_before_repacked_packs(library: Path, place: Pat
         elif collecting and event.kind == recorder.RENAME and event.target.startswith(packs):
             early.add(event.inode)
     assert early, "this seed does not repack"
-    assert failures(place, recorder.without_syncs(events, early), 500, 1, enough=1)
+    assert failures(place, recorder.without_syncs(events, early), 60, 1, enough=1)
