@@ -48,7 +48,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"disk.chain", "store.store"}),
     frozenset({
         "agent.history", "disk.copier", "disk.commit", "disk.fill", "disk.stack", "store.check", "store.ingest",
-        "memory.feed", "view.changes", "view.filediff", "view.report",
+        "store.usage", "memory.feed", "view.changes", "view.filediff", "view.report",
     }),
     frozenset({"disk.disk", "disk.statefile", "memory.receive", "agent.forget", "agent.checkpoint"}),
     frozenset({"disk.member"}),
