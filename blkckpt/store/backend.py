@@ -179,8 +179,8 @@ class LocalBackend:
                 shared.acquire()
                 return shared
             if shared is not None:
-                for old in [other for other, entry in self._open.items() if not entry.is_current]:
-                    self._open.pop(old).release()
+                for stale in [other for other, entry in self._open.items() if not entry.is_current]:
+                    self._open.pop(stale).release()
         path = self.path(key)
         fresh = _Shared(durable.open_checked(path, os.O_RDONLY, "store object"))
         fresh.acquire()

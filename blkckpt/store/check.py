@@ -116,9 +116,7 @@ def verify(
     )
 
 
-def _attempt(
-    target: store.Store, vm: str | None, name: str | None, progress: Progress | None
-) -> tuple[_State, int]:
+def _attempt(target: store.Store, vm: str | None, name: str | None, progress: Progress | None) -> tuple[_State, int]:
     """The first two passes: what they found, and the number of packs."""
     state = _State()
     whole = vm is None

@@ -166,7 +166,7 @@ class ChunkIndex:
             for digest, place, stored, raw in _RECORD.iter_unpack(records.tobytes())
         )
         with database:
-            database.executemany(f"INSERT OR {verb} INTO chunks VALUES (?,?,?,?,?,?)", rows)
+            database.executemany(f"INSERT OR {verb} INTO chunks VALUES (?,?,?,?,?,?)", rows)  # noqa: S608
             database.execute("INSERT OR REPLACE INTO packs VALUES (?,?)", (blob, size))
 
     def _connect(self) -> sqlite3.Connection:

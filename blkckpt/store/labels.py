@@ -98,13 +98,25 @@ def load(where: backend.Backend, vm: str, name: str, checkpoint_id: str | None) 
     """
     place, what = key(vm, name), f"the labels of {vm}@{name}"
     try:
+        labels, owner = _read(where, place, what)
+    except errors.NotFoundError:
+        return NONE
+    except errors.CorruptError as error:
+        raise errors.CorruptError(f"{error}; `blkckpt unpin {vm}@{name}` sets them anew") from error
+    return labels if checkpoint_id in (None, owner) else NONE
+
+
+def _read(where: backend.Backend, place: str, what: str) -> tuple[Labels, str]:
+    """Read and decode; again, if they were replaced by longer or shorter ones in the middle of it."""
+    while True:
         size = where.size(place)
         if size > manifest.MAX_SIZE:
             raise errors.CorruptError(f"{what} are longer than any can be")
-        labels, owner = decode(where.get(place, 0, size), what)
-    except errors.NotFoundError:
-        return NONE
-    return labels if checkpoint_id in (None, owner) else NONE
+        try:
+            return decode(where.get(place, 0, size), what)
+        except errors.CorruptError:
+            if where.size(place) == size:
+                raise
 
 
 def _strings(value: Any) -> list[str]:

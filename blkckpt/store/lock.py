@@ -47,9 +47,7 @@ def shared(path: Path, timeout: float = 60.0) -> Hold:
     return _take(path, fcntl.LOCK_SH, timeout, "a collection is running in this store")
 
 
-def exclusive(
-    path: Path, timeout: float = 10.0, reason: str = "a checkpoint is being written to this store"
-) -> Hold:
+def exclusive(path: Path, timeout: float = 10.0, reason: str = "a checkpoint is being written to this store") -> Hold:
     """Keep everybody else out; *reason* is why that may not be had."""
     return _take(path, fcntl.LOCK_EX, timeout, reason)
 

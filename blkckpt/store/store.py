@@ -150,9 +150,7 @@ class Store:
                 try:
                     self._backend.put(key, data, exclusive=True)
                 except FileExistsError as error:
-                    raise errors.StateError(
-                        f"{m.vm} has a checkpoint {m.name} already; choose another name"
-                    ) from error
+                    raise errors.StateError(f"{m.vm} has a checkpoint {m.name} already; choose another name") from error
             with self._lock:
                 self._unpublished -= set(m.images())
 
@@ -244,9 +242,7 @@ class Store:
         try:
             pinned = label_format.load(self._backend, vm, name, checkpoint_id).pinned
         except errors.CorruptError as error:
-            raise errors.CorruptError(
-                f"{error}: whether {vm}@{name} is pinned is not known; `blkckpt unpin {vm}@{name}` sets them anew"
-            ) from error
+            raise errors.CorruptError(f"whether {vm}@{name} is pinned is not known: {error}") from error
         if pinned:
             raise errors.StateError(f"{vm}@{name} is pinned and stays; let it go first: blkckpt unpin {vm}@{name}")
 

@@ -1,8 +1,8 @@
 """A random life of a store, run under the recorder: ``python -m tests.faults.store_workload STORE SEED STEPS``.
 
 Checkpoints of two VMs with disks and memory, most of whose chunks are shared with earlier ones; writers that give
-up; labels; removals; collections, most of which repack.  Packs are kept small, so that an image spans several.  What each checkpoint must read
-back as follows from its number (:func:`images_of`), so that the log need not carry it.
+up; labels; removals; collections, most of which repack.  Packs are kept small, so that an image spans several.  What
+each checkpoint must read back as follows from its number (:func:`images_of`), so that the log need not carry it.
 """
 
 from __future__ import annotations
