@@ -81,9 +81,9 @@ Crash windows
 
 Who may do what at once
     Any number of writers (each has its own pack) and readers, in any number of processes; one collection.  It waits
-    for writers and keeps new ones waiting while it deletes; while it repacks it keeps nobody waiting.  Within one process, a writer's images are protected from its
-    first chunk until the manifest or ``Store.abandon``; a process whose *children* write images takes ``Store.hold``
-    around all of it.  A reader whose image is repacked under it finds the pack gone, reads the table again and goes on.
-    One whose checkpoint is removed and collected gets an error, never wrong bytes; what must not lose its images takes
-    a pin.
+    for writers and keeps new ones waiting while it deletes; while it repacks it keeps nobody waiting.  Within one
+    process, a writer's images are protected from its first chunk until the manifest or ``Store.abandon``; a process
+    whose *children* write images takes ``Store.hold`` around all of it.  A reader whose image is repacked under it
+    finds the pack gone, reads the table again and goes on.  One whose checkpoint is removed and collected gets an
+    error, never wrong bytes; what must not lose its images takes a pin.
 """
