@@ -57,7 +57,8 @@ class CollectReport:
     """What a collection deleted (or, dry, would delete) and what it left.
 
     ``freed_bytes`` is what the store shrank by, the packs that repacking wrote deducted; ``packs`` were dead as a
-    whole, ``repacked_packs`` were rewritten, and ``moved_bytes`` copied for it.  ``damaged`` packs were not rewritten.
+    whole, ``repacked_packs`` were rewritten, and ``moved_bytes`` copied for it.  ``live_bytes`` are what packs of the
+    needed chunks alone would take.  ``damaged`` packs were not rewritten.
     """
 
     dry_run: bool
@@ -150,7 +151,7 @@ class _Collection:
             candidates = {pack: gain for pack, gain in again.items() if pack in left}
 
     def report(self) -> CollectReport:
-        live = sum(self._marks.usage[pack].live() for pack in self._sizes)
+        live = sum(self._marks.usage[pack].size() for pack in self._sizes)
         return CollectReport(
             dry_run=self._options.dry_run,
             images=self._images,

@@ -21,14 +21,18 @@ import sqlite3
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from blkckpt import durable, log
 from blkckpt.store import layout
 
 _BATCH = 128
-_RECORD = struct.Struct("<32sQII")
+_SLICE = 4096
+"""Records made into Python values at once: those of a whole pack would take 300 bytes each."""
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (store BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS packs (pack BLOB PRIMARY KEY, size INTEGER NOT NULL) WITHOUT ROWID;
@@ -161,9 +165,9 @@ class ChunkIndex:
     ) -> None:
         verb = "REPLACE" if prefer else "IGNORE"
         blob = _blob(pack)
-        rows = sorted(
+        rows = (
             (digest, blob, place, stored, raw, _crc(digest, blob, place, stored, raw))
-            for digest, place, stored, raw in _RECORD.iter_unpack(records.tobytes())
+            for digest, place, stored, raw in _by_hash(records)
         )
         with database:
             database.executemany(f"INSERT OR {verb} INTO chunks VALUES (?,?,?,?,?,?)", rows)  # noqa: S608
@@ -216,10 +220,17 @@ class ChunkIndex:
                 _remove_database(path)
 
 
+def _by_hash(records: layout.Array) -> Iterator[tuple[bytes, int, int, int]]:
+    """The fields of *records*, in the order of their hashes (of the first 8 bytes), which is how the table has them."""
+    order = np.argsort(records["hash"][:, 0].astype("<u8").byteswap())
+    for start in range(0, len(order), _SLICE):
+        yield from layout.RECORD.iter_unpack(records[order[start : start + _SLICE]].tobytes())
+
+
 def _crc(digest: bytes, pack: bytes, place: int, stored: int, raw: int) -> int:
     """The checksum of a row; -1, which none has, for a row that cannot be."""
     try:
-        return zlib.crc32(_RECORD.pack(digest, place, stored, raw), zlib.crc32(pack))
+        return zlib.crc32(layout.RECORD.pack(digest, place, stored, raw), zlib.crc32(pack))
     except (struct.error, TypeError):
         return -1
 

@@ -96,6 +96,7 @@ ENTRY_HEADER = struct.Struct("<4sB3xII32s4xI")
 TRAILER = struct.Struct("<8sIIQQ")
 IMAGE_HEADER = struct.Struct("<8sIIQIIQQ16s16sB3xI40x")
 ENTRY = struct.Struct("<32sQQII")
+RECORD = struct.Struct("<32sQII")
 TRAILER_SIZE = TRAILER.size + HASH
 
 PACK_MAGIC = b"BLKCPACK"

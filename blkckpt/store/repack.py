@@ -169,14 +169,12 @@ def _move(store: packs.Packs, pack: int, usage: marks.Usage, out: _Output) -> _M
     records = records[np.isin(records["offset"], wanted)]
     if len(records) != len(wanted):
         raise errors.CorruptError(f"pack {pack:016x} lacks chunks that are needed; it is left as it is")
-    entries: list[layout.Entry] = []
+    moved = _Moves(wanted, np.empty(len(wanted), np.uint64), np.empty(len(wanted), np.uint64))
     for start in range(0, len(records), _GROUP):
-        entries += out.append(list(_checked(store, pack, records[start : start + _GROUP])))
-    return _Moves(
-        records["offset"].copy(),
-        np.array([entry.pack for entry in entries], np.uint64),
-        np.array([entry.offset for entry in entries], np.uint64),
-    )
+        entries = out.append(list(_checked(store, pack, records[start : start + _GROUP])))
+        moved.pack[start : start + _GROUP] = [entry.pack for entry in entries]
+        moved.offset[start : start + _GROUP] = [entry.offset for entry in entries]
+    return moved
 
 
 def _checked(store: packs.Packs, pack: int, records: layout.Array) -> Iterator[packs.NewChunk]:
