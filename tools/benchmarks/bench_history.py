@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks import context, figures, peers
 from blkckpt.store import layout, manifest, store
 
@@ -37,7 +39,9 @@ class History:
 
     def __init__(self, place: store.Store, seed: int) -> None:
         self._place, self._random = place, random.Random(seed)
-        self._now = {kind: bytearray(self._random.randbytes(SIZE)) for kind in CHANGED}
+        self._now = {
+            kind: bytearray(np.random.default_rng((seed, part)).bytes(SIZE)) for part, kind in enumerate(CHANGED)
+        }
         self._parents: dict[str, str] = {}
 
     def change(self, run: int) -> int:
