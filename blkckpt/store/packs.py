@@ -130,6 +130,13 @@ class Packs:
                 start = entry.offset - first.offset
                 yield entry, data[start : start + entry.stored]
 
+    def hint(self, entries: Sequence[layout.Entry]) -> None:
+        """Non-zero *entries* will be read soon: so the disk works on all of them at once."""
+        for run in _runs(entries):
+            first, last = run[0], run[-1]
+            length = last.offset + last.stored - first.offset
+            self.backend.hint(layout.pack_key(first.pack), first.offset, length)
+
     def index(self, pack: int) -> layout.Array:
         """The checked index of a sealed pack."""
         key = layout.pack_key(pack)
