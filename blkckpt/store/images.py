@@ -85,7 +85,7 @@ class ImageReader:
         self._leaves: OrderedDict[int, layout.Array] = OrderedDict()
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
         self._limit = max(cache // layout.CHUNK, 1)
-        self._end = self._hinted = 0
+        self._end, self._hinted = -1, 0
 
     @property
     def image_id(self) -> str:

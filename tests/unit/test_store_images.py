@@ -384,3 +384,34 @@ def test_leaves_complete_once_every_chunk_is_set() -> None:
     assert table.set(layout.LEAF, entry) is None
     assert table.begun() == [1]
     assert table.set_zero(layout.LEAF + 1, 1) == [1]
+
+
+def test_a_sequential_reader_has_the_disk_fetch_ahead(target: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chunk is announced once, before it is read; a reader here and there announces nothing; damage waits."""
+    data = os.urandom(700 * CHUNK)
+    with target.image_writer(len(data)) as out:
+        out.write(0, data)
+        image = out.finish().image
+    hinted: list[int] = []
+    monkeypatch.setattr(target.packs, "hint", lambda entries: hinted.extend(entry.offset for entry in entries))
+    reader = target.image(image, cache=0)
+    for number in (0, 5, 300, 2, 40):
+        assert reader.chunk(number) == data[number * CHUNK : (number + 1) * CHUNK]
+    assert hinted == []
+    reader = target.image(image, cache=0)
+    read: list[int] = []
+    for number in range(0, 700, 4):
+        read += [reader.entry(number + n).offset for n in range(4)]
+        assert reader.read(number * CHUNK, 4 * CHUNK) == data[number * CHUNK : (number + 4) * CHUNK]
+        assert number in (0, 696) or set(hinted) - set(read), "the disk is always ahead"
+    assert len(hinted) == len(set(hinted)) == 692
+    reader = target.image(image)
+    leaf = reader.table.leaves[1]
+    path = target.path / layout.pack_key(int(leaf["pack"]))
+    with path.open("r+b") as file:
+        file.seek(int(leaf["offset"]))
+        file.write(b"damage")
+    for number in range(400, 512):
+        assert reader.chunk(number) == data[number * CHUNK : (number + 1) * CHUNK]
+    with pytest.raises(errors.CorruptError):
+        reader.chunk(512)

@@ -1,9 +1,10 @@
 """A long history: what a hundred checkpoints cost, and whether the hundredth is as quick to restore as the first.
 
-At the level of the store, with made-up images: a disk and a memory of 256 MiB each, of random bytes, so that nothing
-is gained by compression.  Between two checkpoints 8 MiB of the disk and 16 MiB of the memory change, in runs of 1 MiB
-that begin at any block of 4 KiB (as written files and their cached pages do); each image is written with the one
-before as parent, every chunk compared.  Growth is what all files of the store take, tables and manifests included.
+At the level of the store, with made-up images: a disk and a memory of 256 MiB each (``--quick``: 128), of random
+bytes, so that nothing is gained by compression.  Between two checkpoints 8 MiB of the disk and 16 MiB of the memory
+change, in runs of 1 MiB that begin at any block of 4 KiB (as written files and their cached pages do); each image is
+written with the one before as parent, every chunk compared.  Growth is what all files of the store take, tables and
+manifests included.
 
 Chunks are 64 KiB, so changes that are strewn about in 4 KiB blocks cost up to sixteen times themselves: shown without
 a bar.
@@ -28,7 +29,6 @@ DESCRIPTION = "a hundred checkpoints: growth by what changed, and the time to re
 
 MIB = 1 << 20
 BLOCK = 4096
-SIZE = 256 * MIB
 CHANGED = {"disk": 8 * MIB, "memory": 16 * MIB}
 COUNT = 100
 FIRST, LAST = "checkpoint 1", f"checkpoint {COUNT}"
@@ -37,10 +37,11 @@ FIRST, LAST = "checkpoint 1", f"checkpoint {COUNT}"
 class History:
     """A VM's images as they change, and its store."""
 
-    def __init__(self, place: store.Store, seed: int) -> None:
+    def __init__(self, place: store.Store, size: int, seed: int) -> None:
+        self._size = size
         self._place, self._random = place, random.Random(seed)
         self._now = {
-            kind: bytearray(np.random.default_rng((seed, part)).bytes(SIZE)) for part, kind in enumerate(CHANGED)
+            kind: bytearray(np.random.default_rng((seed, part)).bytes(size)) for part, kind in enumerate(CHANGED)
         }
         self._parents: dict[str, str] = {}
 
@@ -50,7 +51,7 @@ class History:
         for kind, amount in CHANGED.items():
             touched: set[int] = set()
             while len(touched) * BLOCK < amount:
-                start = self._random.randrange((SIZE - run) // BLOCK + 1)
+                start = self._random.randrange((self._size - run) // BLOCK + 1)
                 blocks = set(range(start, start + run // BLOCK))
                 if touched.isdisjoint(blocks):
                     touched |= blocks
@@ -62,19 +63,19 @@ class History:
         """Checkpoint *number*."""
         done = {}
         for kind, data in self._now.items():
-            with self._place.image_writer(SIZE, parent=self._parents.get(kind), kind=kind) as out:
-                for offset in range(0, SIZE, 4 * MIB):
+            with self._place.image_writer(self._size, parent=self._parents.get(kind), kind=kind) as out:
+                for offset in range(0, self._size, 4 * MIB):
                     out.write(offset, memoryview(data)[offset : offset + 4 * MIB])
                 self._parents[kind] = out.finish().image
             done[kind] = self._parents[kind]
-        disks = tuple(manifest.DiskImage(kind, image, SIZE) for kind, image in done.items())
+        disks = tuple(manifest.DiskImage(kind, image, self._size) for kind, image in done.items())
         self._place.put_manifest(manifest.Manifest("web", f"c{number}", f"{number:032x}", time.time_ns(), disks))
 
 
 def _growth(context_: context.Context, root: Path, run: int, count: int) -> float:
     """Take *count* checkpoints; the growth of the store after the first one by the bytes changed."""
     with store.Store.init(root) as place:
-        history = History(place, run)
+        history = History(place, context_.pick(128, 256) * MIB, run)
         history.take(1)
         place.index.close()
         before, changed = _files(root), 0
@@ -98,7 +99,7 @@ def _restore(root: Path, name: str) -> float:
     with store.Store.open(root) as place:
         for disk in place.manifest("web", name).disks:
             reader = place.image(disk.image)
-            for offset in range(0, SIZE, 4 * MIB):
+            for offset in range(0, reader.size, 4 * MIB):
                 reader.read(offset, 4 * MIB)
     return time.monotonic() - began
 
