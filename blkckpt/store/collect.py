@@ -19,12 +19,16 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
-from blkckpt import errors
+from blkckpt import errors, lazy
 from blkckpt.store import backend, images, index, layout, lock, manifest, packs, pins
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+else:
+    np = lazy.Module("numpy")
 
 Progress = Callable[[int, int], None]
 """Called with (images marked, images in all)."""

@@ -7,18 +7,26 @@ one ranged read.  An :class:`ImageReader` is immutable but for its caches and ma
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from blkckpt import errors
+from blkckpt import errors, lazy
 from blkckpt.store import layout, packs
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = lazy.Module("numpy")
 
 _LEAVES_CACHED = 256
 """28 KiB each, 7 MiB in all: the entries of 8 GiB of image."""
+
+_RAW = struct.Struct("<52xI")
+"""The raw length in an entry."""
 
 CACHE = 64 << 20
 """Bytes of chunks an ImageReader keeps."""
@@ -55,12 +63,17 @@ def load_table(store: packs.Packs, image_id: str) -> layout.Table:
 
 
 def read_leaf(store: packs.Packs, table: layout.Table, leaf: int) -> layout.Array:
-    """The checked entries of leaf number *leaf*."""
-    entry = layout.entry_at(table.leaves, leaf)
+    """The checked entries of leaf number *leaf*, an array of ``layout.ENTRY_TYPE``."""
+    return np.frombuffer(packed_leaf(store, table, leaf), layout.ENTRY_TYPE)
+
+
+def packed_leaf(store: packs.Packs, table: layout.Table, leaf: int) -> bytes:
+    """The checked entries of leaf number *leaf* as they are stored."""
+    entry = table.leaf(leaf)
     if not entry.raw:
-        return np.zeros(layout.leaf_entries(table.size, leaf), layout.ENTRY_TYPE)
+        return bytes(layout.leaf_entries(table.size, leaf) * layout.ENTRY.size)
     what = f"image {table.image_id} leaf {leaf}"
-    return layout.decode_leaf(store.read(entry, what), table.size, leaf, f"image {table.image_id}")
+    return layout.check_leaf(store.read(entry, what), table.size, leaf, f"image {table.image_id}")
 
 
 class ImageReader:
@@ -71,7 +84,7 @@ class ImageReader:
         self.size = table.size
         self._packs = store
         self._lock = threading.Lock()
-        self._leaves: OrderedDict[int, layout.Array] = OrderedDict()
+        self._leaves: OrderedDict[int, bytes] = OrderedDict()
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
         self._limit = max(cache // layout.CHUNK, 1)
 
@@ -105,13 +118,17 @@ class ImageReader:
         return self._get(range(number, number + 1))[0]
 
     def entries(self, leaf: int) -> layout.Array:
-        """The entries of leaf number *leaf* (``layout.ENTRY_TYPE``); do not modify."""
+        """The entries of leaf number *leaf* (``layout.ENTRY_TYPE``), read-only."""
+        return np.frombuffer(self.leaf(leaf), layout.ENTRY_TYPE)
+
+    def leaf(self, leaf: int) -> bytes:
+        """The packed entries of leaf number *leaf*."""
         with self._lock:
             found = self._leaves.get(leaf)
             if found is not None:
                 self._leaves.move_to_end(leaf)
                 return found
-        entries = read_leaf(self._packs, self.table, leaf)
+        entries = packed_leaf(self._packs, self.table, leaf)
         with self._lock:
             self._leaves[leaf] = entries
             if len(self._leaves) > _LEAVES_CACHED:
@@ -125,7 +142,7 @@ class ImageReader:
         """
         size = layout.LEAF * layout.ENTRY.size
         buffer = bytearray(len(numbers) * size)
-        entries = [layout.entry_at(self.table.leaves, number) for number in numbers]
+        entries = [self.table.leaf(number) for number in numbers]
         payloads = self._packs.payloads([one for one in entries if one.raw], f"leaves of image {self.image_id}")
         for index, entry in enumerate(entries):
             if entry.raw:
@@ -136,7 +153,7 @@ class ImageReader:
 
     def entry(self, number: int) -> layout.Entry:
         """Where chunk *number* is."""
-        return layout.entry_at(self.entries(number // layout.LEAF), number % layout.LEAF)
+        return layout.unpack_entry(self.leaf(number // layout.LEAF), number % layout.LEAF)
 
     def chunk_hashes(self, first: int, count: int) -> list[bytes]:
         """The hashes of chunks [first, first + count); zero chunks have the hash of 32 zero bytes."""
@@ -157,20 +174,18 @@ class ImageReader:
             yield start, end - start, state
 
     def _changes(self, offset: int, end: int) -> Iterator[tuple[int, bool]]:
-        """Positions at which a run of zero or non-zero chunks begins (two like runs may follow each other)."""
+        """Positions at which zero or non-zero chunks may begin (like ones may follow each other)."""
         span = layout.CHUNK * layout.LEAF
         for leaf in range(offset // span, -(-end // span)):
             base = leaf * span
-            if not self.table.leaves["raw"][leaf]:
+            if not self.table.leaf(leaf).raw:
                 yield max(base, offset), True
                 continue
-            zero = self.entries(leaf)["raw"] == 0
             low = max(offset - base, 0) // layout.CHUNK
             high = -(-(min(end, base + span) - base) // layout.CHUNK)
-            part = zero[low:high]
-            starts = np.concatenate((np.zeros(1, np.int64), np.flatnonzero(np.diff(part)) + 1))
-            for index in starts.tolist():
-                yield max(base + (low + index) * layout.CHUNK, offset), bool(part[index])
+            part = self.leaf(leaf)[low * layout.ENTRY.size : high * layout.ENTRY.size]
+            for number, (raw,) in enumerate(_RAW.iter_unpack(part), low):
+                yield max(base + number * layout.CHUNK, offset), not raw
 
     def _check(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:

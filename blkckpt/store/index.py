@@ -17,15 +17,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sqlite3
 import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from blkckpt import durable, log
+from blkckpt import durable, lazy, log
 from blkckpt.store import layout
+
+if TYPE_CHECKING:
+    import sqlite3
+else:
+    sqlite3 = lazy.Module("sqlite3")
 
 _BATCH = 128
 _RECORD = struct.Struct("<32sQII")
@@ -39,7 +44,7 @@ CREATE TEMP TABLE IF NOT EXISTS dead (pack BLOB PRIMARY KEY) WITHOUT ROWID;
 
 _logger = log.get(__name__)
 
-Loader = Callable[[int], layout.Array]
+Loader = Callable[[int], "layout.Array"]
 """Gives the checked records of a pack."""
 
 

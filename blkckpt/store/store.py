@@ -9,10 +9,16 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from blkckpt import durable, errors, paths, units
-from blkckpt.store import backend, codec, collect, images, index, layout, lock, packs, pins, writer
+from blkckpt import durable, errors, lazy, paths, units
+from blkckpt.store import backend, codec, collect, images, index, layout, lock, packs, pins
 from blkckpt.store import manifest as manifest_format
+
+if TYPE_CHECKING:
+    from blkckpt.store import writer
+else:
+    writer = lazy.Module("blkckpt.store.writer")
 
 _OURS = {"store.json", "lock", "packs", "images", "manifests", "pins", "tmp", "index"}
 
@@ -32,6 +38,7 @@ class Store:
         self.index = index.ChunkIndex(path / "index", info.id, self.packs.ids)
         self._lock = threading.RLock()
         self._hold: lock.Hold | None = None
+        self._reconciled = False
         self._writers = 0
         self._unpublished: set[str] = set()
 
@@ -109,6 +116,7 @@ class Store:
             )
         self._begin()
         try:
+            self._reconcile()
             above = self.image(parent) if parent else None
             if above and above.size != size:
                 raise errors.InputError(f"parent image {parent} has {above.size} bytes, the new image {size}")
@@ -248,12 +256,14 @@ class Store:
         with self._lock:
             if self._hold is None:
                 self._hold = lock.shared(self.path / "lock")
-                try:
-                    self.index.reconcile(collect.records_of(self.packs))
-                except BaseException:
-                    self._release()
-                    raise
             self._writers += 1
+
+    def _reconcile(self) -> None:
+        """The index learns of packs that it lacks: once a hold, and only for who will write chunks."""
+        with self._lock:
+            if not self._reconciled:
+                self.index.reconcile(collect.records_of(self.packs))
+                self._reconciled = True
 
     def _end(self, image: str | None) -> None:
         """A writer has finished *image*, or has given up."""
@@ -275,6 +285,7 @@ class Store:
         if self._hold is not None:
             self._hold.release()
             self._hold = None
+            self._reconciled = False
 
     def _check_image(self, m: manifest_format.Manifest, image_id: str, size: int) -> None:
         table = images.load_table(self.packs, image_id)
