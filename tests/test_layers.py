@@ -34,7 +34,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"store.backend", "store.codec", "store.index", "store.leaves", "store.lock"}),
     frozenset({
         "disk.fileio", "disk.epoch", "disk.job", "control.server", "control.client", "control.quitter",
-        "vm.qmp", "vm.guestagent",
+        "vm.qmp", "vm.guestagent", "vm.dialogue",
         "store.packs", "store.pins", "memory.image", "memory.generate",
     }),
     frozenset({
