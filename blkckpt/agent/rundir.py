@@ -142,9 +142,12 @@ class RunDirectory:
             os.close(self._lock)
             raise errors.StateError(f"VM {vm.name} is running already; `blkckpt status {vm.name}` shows it") from error
 
-    def listen(self, path: Path) -> socket.socket:
-        """A listening socket at *path*, 0600, in place of whatever a killed supervisor left there."""
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    def listen(self, path: Path, unnamed: socket.socket | None = None) -> socket.socket:
+        """A listening socket at *path*, 0600, in place of whatever a killed supervisor left there.
+
+        It is *unnamed*, if that is given, else a new one.
+        """
+        listener = unnamed or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             path.unlink(missing_ok=True)
             listener.bind(os.fspath(path))

@@ -19,9 +19,10 @@ listening socket, which is ours and never closed.  A supervisor that is killed t
 ``blkckpt run`` is refused as long as it lives, or two guests would write one disk.
 
 Detached, the supervisor is this module run again as a program in a session of its own.  It is told what to do on
-its standard input and answers through a pipe, one JSON object: ready, or the error it gave up with.  It can be
-started before there is anything to run (:class:`Detached`): loading an interpreter and asking nbdkit for its version
-take longer than making a VM.  Without orders it ends.
+its standard input, two lines of JSON, and answers through a pipe, one JSON object: ready, or the error it gave up
+with.  It can be started before there is anything to run (:class:`Detached`), and be told with the first line which
+VM it will be: then it starts nbdkit early (:mod:`blkckpt.agent.nbdserver`), for both their interpreters take longer to
+load than a VM to make.  The second line is the order to run it.  Without one it ends, and nbdkit with it.
 
 Nothing here sleeps: the loop waits for the pidfds of its children and for signals.
 """
@@ -37,7 +38,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -81,14 +82,16 @@ def _ignore(running: rundir.Running) -> None:
 # --- what others call ---
 
 
-def run(vm: paths.VmPaths, machine: Machine | None, ready: Ready = _ignore) -> int:
+def run(
+    vm: paths.VmPaths, machine: Machine | None, ready: Ready = _ignore, server: nbdserver.NbdServer | None = None
+) -> int:
     """Serve *vm*, and run *machine* if given, in this process until it ends or a signal comes.
 
     Returns QEMU's exit status (0 without one).  *ready* is called once everything answers.  Call it from the main
-    thread: signals are handled there, and nbdkit ends with the thread that started it.
+    thread: signals are handled there, and nbdkit ends with the thread that started it.  *server*: an early one.
     """
     wanted = definition.load(vm)
-    with _Signals() as signals, _Supervisor(vm, wanted, signals) as supervisor:
+    with _Signals() as signals, _Supervisor(vm, wanted, signals, server) as supervisor:
         supervisor.bring_up(machine)
         ready(supervisor.running())
         return supervisor.loop()
@@ -109,6 +112,7 @@ class Detached:
 
     def __init__(self) -> None:
         self._ordered = False
+        self._expected: paths.VmPaths | None = None
         receiver, sender = os.pipe2(os.O_CLOEXEC)
         self._answers = os.fdopen(receiver, "rb")
         try:
@@ -130,26 +134,34 @@ class Detached:
 
     def __exit__(self, *_: object) -> None:
         self._answers.close()
-        if not self._ordered:  # it may be loading still: leave nothing behind
-            self._process.kill()
-            self._process.wait()
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        if not self._ordered:  # it may be loading still: leave nothing behind
+            self._process.terminate()
+            self._process.wait()
+
+    def expect(self, vm: paths.VmPaths) -> None:
+        """Say which VM it will be: its disk server is loaded meanwhile.  Nothing of *vm* need exist."""
+        self._expected = vm
+        self._send({"home": str(vm.root.parent.parent), "vm": vm.name})
+
+    def _send(self, line: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended: it answers nothing
+            self._process.stdin.write(json.dumps(line).encode() + b"\n")
+            self._process.stdin.flush()
 
     def start(
         self, vm: paths.VmPaths, machine: Machine | None, deadline: float = nbdserver.READY_SECONDS
     ) -> rundir.Running:
         """Let it run *vm*; returns when it is ready, raises what it gave up with.  To be called once."""
-        order = {
-            "home": str(vm.root.parent.parent),
-            "vm": vm.name,
-            "machine": asdict(machine) if machine else None,
-        }
         nbdserver.open_log(vm, "qemu.log").close()
-        assert self._process.stdin is not None
+        if self._expected is None:
+            self.expect(vm)
+        assert self._expected == vm
         self._ordered = True
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as orders:
-            orders.write(json.dumps(order).encode())
+        self._send({"machine": asdict(machine) if machine else None})
         if not nbdserver.wait_for([self._answers.fileno()], deadline + MACHINE_SECONDS):
             self._process.terminate()
             raise errors.DeadlineError(f"VM {vm.name} did not start within {deadline:g} s; it is being stopped")
@@ -215,8 +227,15 @@ class _Signals:
 class _Supervisor:
     """One VM's processes.  Entered: the run directory is ours; left: everything is stopped and removed."""
 
-    def __init__(self, vm: paths.VmPaths, wanted: definition.VmDefinition, signals: _Signals) -> None:
-        self._vm, self._wanted, self._signals = vm, wanted, signals
+    def __init__(
+        self,
+        vm: paths.VmPaths,
+        wanted: definition.VmDefinition,
+        signals: _Signals,
+        server: nbdserver.NbdServer | None = None,
+    ) -> None:
+        """*server*: an early one of ours, still to be discarded by the caller if we do not come to start it."""
+        self._vm, self._wanted, self._signals, self._early = vm, wanted, signals, server
         self._machine: subprocess.Popen[bytes] | None = None
         self._machine_fd = -1
         self._failures = 0
@@ -228,10 +247,12 @@ class _Supervisor:
         with contextlib.ExitStack() as stack:
             stack.callback(self._leave_directory)
             self._orphan = self._find_orphan()
+            names = (self._vm.nbd_socket, self._vm.control_socket)
+            unnamed = self._early.sockets if self._early else (None, None)
             self._listeners = [
-                stack.enter_context(self._run.listen(path)) for path in (self._vm.nbd_socket, self._vm.control_socket)
+                stack.enter_context(self._run.listen(path, one)) for path, one in zip(names, unnamed, strict=True)
             ]
-            self._server = nbdserver.NbdServer(self._vm, *self._listeners)
+            self._server = self._early or nbdserver.NbdServer(self._vm, *self._listeners)
             stack.callback(self._server.stop)
             stack.callback(self._stop_machine)
             self._stack = stack.pop_all()
@@ -393,18 +414,24 @@ def main(arguments: Sequence[str]) -> int:
     """The detached supervisor: orders on standard input, one answer through the descriptor that is its argument."""
     os.set_inheritable(int(arguments[0]), False)
     with os.fdopen(int(arguments[0]), "wb") as pipe:
-        with contextlib.suppress(errors.BlkckptError):  # told when there is somebody to tell
-            nbdserver.probe()
-        orders = sys.stdin.buffer.read()
-        if not orders:
+        expected = sys.stdin.buffer.readline()
+        if not expected:
             return 0
-        order = json.loads(orders)
-        vm = paths.home(order["home"]).vm(order["vm"])
-        _take_output(vm)
-        log.setup(as_json=True)
-        machine = order["machine"]
-        wanted = Machine(tuple(machine["argv"]), machine["complete"], machine["directory"]) if machine else None
-        return _run_and_tell(vm, wanted, pipe)
+        whom = json.loads(expected)
+        vm = paths.home(whom["home"]).vm(whom["vm"])
+        with contextlib.ExitStack() as stack:
+            server = None
+            with contextlib.suppress(errors.BlkckptError, OSError):  # said when there is an order and it fails again
+                server = nbdserver.NbdServer.early(vm)
+                stack.callback(server.discard)
+            order = sys.stdin.buffer.readline()
+            if not order:
+                return 0
+            machine = json.loads(order)["machine"]
+            _take_output(vm)
+            log.setup(as_json=True)
+            wanted = Machine(tuple(machine["argv"]), machine["complete"], machine["directory"]) if machine else None
+            return _run_and_tell(vm, wanted, pipe, server)
 
 
 def _take_output(vm: paths.VmPaths) -> None:
@@ -414,14 +441,16 @@ def _take_output(vm: paths.VmPaths) -> None:
             os.dup2(ours.fileno(), standard)
 
 
-def _run_and_tell(vm: paths.VmPaths, machine: Machine | None, pipe: IO[bytes]) -> int:
+def _run_and_tell(
+    vm: paths.VmPaths, machine: Machine | None, pipe: IO[bytes], server: nbdserver.NbdServer | None
+) -> int:
     def tell(body: dict[str, Any]) -> None:
         if not pipe.closed:
             with contextlib.suppress(BrokenPipeError), pipe:
                 pipe.write(json.dumps(body).encode())
 
     try:
-        return run(vm, machine, lambda _: tell({"ready": True}))
+        return run(vm, machine, lambda _: tell({"ready": True}), server)
     except Exception as error:
         expected = isinstance(error, errors.BlkckptError)
         logger.error("not run", extra={"fields": {"vm": vm.name, "error": str(error)}}, exc_info=not expected)

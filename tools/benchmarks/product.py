@@ -23,10 +23,10 @@ _KEEP_ALIVE_SECONDS = 10.0
 
 
 @contextlib.contextmanager
-def sandbox(directory: Path) -> Iterator[guest.Sandbox]:
-    """A home below *directory*; every process and file of it is gone when the block ends."""
+def sandbox(directory: Path, name: str = "sandbox") -> Iterator[guest.Sandbox]:
+    """A home *name* below *directory*; every process and file of it is gone when the block ends."""
     compileall.compile_dir(Path(blkckpt.__file__).parent, quiet=1)  # as any installation does
-    root = directory / "sandbox"
+    root = directory / name
     root.mkdir()
     try:
         with guest.Sandbox(root) as box:
