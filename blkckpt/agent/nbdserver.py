@@ -37,11 +37,15 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import blkckpt
-from blkckpt import durable, errors, log, paths
-from blkckpt.control import client, messages, wire
+from blkckpt import durable, errors, lazy, log, paths
+
+if TYPE_CHECKING:
+    from blkckpt.control import client, messages, wire
+else:  # needed when nbdkit has been started and loads
+    client, messages, wire = (lazy.Module(f"blkckpt.control.{name}") for name in ("client", "messages", "wire"))
 
 CLEAN_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 UNWANTED = frozenset({"VIRTUAL_ENV", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "PYENV_VERSION"})

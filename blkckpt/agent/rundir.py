@@ -23,10 +23,14 @@ import socket
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from blkckpt import durable, errors, paths
-from blkckpt.control import client
+from blkckpt import durable, errors, lazy, paths
+
+if TYPE_CHECKING:
+    from blkckpt.control import client
+else:
+    client = lazy.Module("blkckpt.control.client")
 
 VERSION = 1
 BACKLOG = 64

@@ -41,12 +41,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
-from blkckpt import errors, log, paths
+from blkckpt import errors, lazy, log, paths
 from blkckpt.agent import nbdserver, qemuargs, rundir
-from blkckpt.control import wire
 from blkckpt.vm import definition
+
+if TYPE_CHECKING:
+    from blkckpt.control import wire
+else:
+    wire = lazy.Module("blkckpt.control.wire")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 BACKOFF = (0.0, 0.2, 1.0, 5.0, 15.0)

@@ -142,7 +142,10 @@ class Host:
 
 def _wait_for_word(gate: socket.socket) -> None:
     """Until the launcher sends the log that we are to write to.  When it lets go instead, nobody needs us."""
-    importlib.import_module("blkckpt.store.store")
+    try:
+        gate.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:  # there is time: a VM that is being restored will need it
+        importlib.import_module("blkckpt.store.store")
     with gate:
         word, descriptors, _, _ = socket.recv_fds(gate, 1, 1)
     if not word or not descriptors:

@@ -256,9 +256,15 @@ def test_both_judges_of_entries_agree(target: store.Store) -> None:
     good = target.image(image_of(target)).leaf(0)
     count = len(good) // layout.ENTRY.size
     cases = [good, bytes(len(good)), b""]
+    edits = (
+        (0, "B", (1,)),
+        (32, "<Q", (0, 7)),
+        (40, "<Q", (0, 5, 120, 1 << 50)),
+        (48, "<I", (0, 1, CHUNK, CHUNK + 1)),
+        (52, "<I", (0, 1, CHUNK - 1, CHUNK)),
+    )
     for number in (0, count // 2, count - 1):
-        for place, form, values in ((0, "B", (1,)), (32, "<Q", (0, 7)), (40, "<Q", (0, 5, 120, 1 << 50)),
-                                    (48, "<I", (0, 1, CHUNK, CHUNK + 1)), (52, "<I", (0, 1, CHUNK - 1, CHUNK))):  # fmt: skip
+        for place, form, values in edits:
             for value in values:
                 for base in (good, bytes(len(good))):
                     body = bytearray(base)
