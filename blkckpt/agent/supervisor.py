@@ -18,11 +18,13 @@ listening socket, which is ours and never closed.  A supervisor that is killed t
 (``--exit-with-parent``), but not QEMU: ``blkckpt serve`` gives such a guest its disks back, and a second
 ``blkckpt run`` is refused as long as it lives, or two guests would write one disk.
 
-Detached, the supervisor is this module run again as a program in a session of its own.  It is told what to do on
-its standard input, two lines of JSON, and answers through a pipe, one JSON object: ready, or the error it gave up
-with.  It can be started before there is anything to run (:class:`Detached`), and be told with the first line which
-VM it will be: then it starts nbdkit early (:mod:`blkckpt.agent.nbdserver`), for both their interpreters take longer to
-load than a VM to make.  The second line is the order to run it.  Without one it ends, and nbdkit with it.
+Detached, the supervisor is a fork of the command, in a session of its own: loading another interpreter would cost
+0.1 s of processor time while a restored guest waits.  It is told what to do through a pipe, two lines of JSON, and
+answers through another, one JSON object: ready, or the error it gave up with.  It can be started before there is
+anything to run (:class:`Detached`), and be told with the first line which VM it will be: then it starts nbdkit early
+(:mod:`blkckpt.agent.nbdserver`), which takes longer to load than a VM to make.  The second line is the order to run
+it.  Without one it ends, and nbdkit with it.  The fork has one thread and uses nothing that another of the command's
+(a progress bar's) may hold: streams of its own, and locks that the interpreter makes anew.
 
 Nothing here sleeps: the loop waits for the pidfds of its children and for signals.
 """
@@ -38,10 +40,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, NoReturn, Self
 
 from blkckpt import errors, lazy, log, paths
 from blkckpt.agent import nbdserver, qemuargs, rundir
@@ -118,32 +121,25 @@ class Detached:
         self._ordered = False
         self._expected: paths.VmPaths | None = None
         receiver, sender = os.pipe2(os.O_CLOEXEC)
+        orders, self._orders = os.pipe2(os.O_CLOEXEC)
         self._answers = os.fdopen(receiver, "rb")
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "blkckpt.agent.supervisor", str(sender)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,
-                pass_fds=[sender],
-            )
-        except BaseException:
-            self._answers.close()
-            raise
-        finally:
-            os.close(sender)
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.close(self._orders)
+            _background(orders, sender)
+        os.close(orders)
+        os.close(sender)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._answers.close()
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        if not self._ordered:  # it may be loading still: leave nothing behind
-            self._process.terminate()
-            self._process.wait()
+        if self._orders >= 0:
+            os.close(self._orders)
+            self._orders = -1
+            if not self._ordered:  # it ends by itself: leave nothing behind
+                os.waitpid(self._pid, 0)
 
     def expect(self, vm: paths.VmPaths) -> None:
         """Say which VM it will be: its disk server is loaded meanwhile.  Nothing of *vm* need exist."""
@@ -151,10 +147,8 @@ class Detached:
         self._send({"home": str(vm.root.parent.parent), "vm": vm.name})
 
     def _send(self, line: Mapping[str, Any]) -> None:
-        assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended: it answers nothing
-            self._process.stdin.write(json.dumps(line).encode() + b"\n")
-            self._process.stdin.flush()
+            os.write(self._orders, json.dumps(line).encode() + b"\n")
 
     def start(
         self, vm: paths.VmPaths, machine: Machine | None, deadline: float = nbdserver.READY_SECONDS
@@ -167,7 +161,7 @@ class Detached:
         self._ordered = True
         self._send({"machine": asdict(machine) if machine else None})
         if not nbdserver.wait_for([self._answers.fileno()], deadline + MACHINE_SECONDS):
-            self._process.terminate()
+            os.kill(self._pid, signal.SIGTERM)
             raise errors.DeadlineError(f"VM {vm.name} did not start within {deadline:g} s; it is being stopped")
         return _started(self._answers.read(wire.MAX_MESSAGE), vm)
 
@@ -414,11 +408,36 @@ def _started(answer: bytes, vm: paths.VmPaths) -> rundir.Running:
     return running
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The detached supervisor: orders on standard input, one answer through the descriptor that is its argument."""
-    os.set_inheritable(int(arguments[0]), False)
-    with os.fdopen(int(arguments[0]), "wb") as pipe:
-        expected = sys.stdin.buffer.readline()
+def _background(orders: int, answers: int) -> NoReturn:
+    """The forked child: a session of its own, signals as in a new program, nothing of the parent's on the way out."""
+    code = 1
+    try:
+        os.setsid()
+        for number in (*SIGNALS, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        _close_all_but({2, orders, answers})
+        for standard in (os.open(os.devnull, os.O_RDWR), os.open(os.devnull, os.O_RDWR)):  # 0 and 1
+            os.set_inheritable(standard, True)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+        code = main(orders, answers)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _close_all_but(kept: set[int]) -> None:
+    """What a caller's shell or test has open is not to stay open as long as a VM runs."""
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208  (names are what is wanted)
+        if int(name) not in kept:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(int(name))
+
+
+def main(orders: int, answers: int) -> int:
+    """The detached supervisor: orders from one descriptor, one answer through the other."""
+    with os.fdopen(orders, "rb") as lines, os.fdopen(answers, "wb") as pipe:
+        expected = lines.readline()
         if not expected:
             return 0
         whom = json.loads(expected)
@@ -428,7 +447,7 @@ def main(arguments: Sequence[str]) -> int:
             with contextlib.suppress(errors.BlkckptError, OSError):  # said when there is an order and it fails again
                 server = nbdserver.NbdServer.early(vm)
                 stack.callback(server.discard)
-            order = sys.stdin.buffer.readline()
+            order = lines.readline()
             if not order:
                 return 0
             machine = json.loads(order)["machine"]
@@ -461,7 +480,3 @@ def _run_and_tell(
         failure = wire.failure_from(error)
         tell({"type": failure.kind, "message": failure.message})
         return wire.OWN_ERRORS - failure.code
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
