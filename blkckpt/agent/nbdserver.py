@@ -220,7 +220,7 @@ class NbdServer:
             mine.close()
 
     def _spawn(self, output: int, more: Sequence[int] = ()) -> None:
-        notes = paths.private_directory(self.vm.run.parent)
+        notes = paths.private_directory(self.vm.run.parent.parent)  # the same for every home
         program = probe(notes)
         check_interpreter(program)
         argv = ["/bin/sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *self._command(program)]
