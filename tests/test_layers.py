@@ -42,7 +42,7 @@ RANKS: tuple[frozenset[str], ...] = (
         "agent.machine", "agent.receiver",
     }),
     frozenset({"disk.layer", "memory.intake", "store.images", "agent.nbdserver"}),
-    frozenset({"store.collect", "store.compare", "store.frozen", "store.writer"}),
+    frozenset({"store.collect", "store.compare", "store.frozen", "store.writer", "memory.apart"}),
     frozenset({"disk.chain", "store.store"}),
     frozenset({
         "agent.history", "disk.copier", "disk.commit", "disk.fill", "disk.stack", "store.check", "store.ingest",
