@@ -41,7 +41,7 @@ RANKS: tuple[frozenset[str], ...] = (
         "disk.maps", "memory.assemble", "agent.rundir", "agent.guard", "agent.turn", "agent.consistency",
         "agent.machine", "agent.receiver",
     }),
-    frozenset({"disk.layer", "memory.intake", "store.images", "agent.nbdserver"}),
+    frozenset({"disk.layer", "agent.rescue", "memory.intake", "store.images", "agent.nbdserver"}),
     frozenset({"store.collect", "store.compare", "store.frozen", "store.writer", "memory.apart"}),
     frozenset({"disk.chain", "store.store"}),
     frozenset({

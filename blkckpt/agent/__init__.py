@@ -9,7 +9,7 @@
 ``receiver``        our end of the memory receiver, a child process
 ``turn``            whose turn it is at the guest
 ``consistency``     checkpoints of several VMs, all stopped at the same time: where their runners meet
-``guard``           the child that continues a guest whose agent was killed
+``guard``           the child that continues a guest whose agent was killed (with ``rescue``)
 ``supervisor``      runs a VM: nbdkit and QEMU (with ``nbdserver``, ``qemuargs``, ``rundir``)
 ``forget``          removes a VM
 ==================  ======================================================================================
