@@ -42,6 +42,8 @@ ARM_SECONDS_PER_GIB = 1.0
 """Pre-faulting took 130 to 260 ms per GiB; a machine that swaps is slower."""
 WINDOW_INTERVAL = 0.1
 """Between two looks at the QMP socket while armed; what QEMU writes there ends the wait at once."""
+LOOK_INTERVAL = 0.2
+"""Between two looks at the copy while the memory is being received; the memory's end is noticed at once."""
 LEASE_INTERVAL = 5.0
 REPLY_SECONDS = 30.0
 PIPE_BYTES = 1 << 20
@@ -370,7 +372,7 @@ class Checkpoint:
         if self._receiver is None or self._received is not None:
             return (0, 0)
         try:
-            self._received = self._receiver.wait(0.05)
+            self._received = self._receiver.wait(LOOK_INTERVAL)
         except errors.BlkckptError as error:
             raise self.guest.failed() or error from error
         if self._received is not None:

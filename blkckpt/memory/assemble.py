@@ -166,9 +166,15 @@ def _shared(length: int) -> int:
 
 
 def runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """(start, stop) of the runs of true."""
-    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=np.int8(0), append=np.int8(0)))
-    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+    """(start, stop) of the runs of true.  (``np.diff`` with its ends took a tenth of the intake's time.)"""
+    if not len(mask):
+        return []
+    edges: list[int] = (np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist()
+    if mask[0]:
+        edges.insert(0, 0)
+    if mask[-1]:
+        edges.append(len(mask))
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 class Assembler:
