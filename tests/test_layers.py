@@ -18,7 +18,10 @@ PACKAGE = ROOT / "blkckpt"
 RANKS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "lazy"}),
     frozenset({"units", "log", "durable"}),
-    frozenset({"paths", "disk.barrier", "disk.api", "disk.blocks", "memory.records", "vm.qemuopts", "agent.drain"}),
+    frozenset({
+        "paths", "disk.barrier", "disk.api", "disk.blocks", "memory.records", "vm.qemuopts", "agent.drain",
+        "agent.options",
+    }),
     # Pure: values and bytes, no process, no socket.
     frozenset({
         "disk.blockmap", "disk.format", "control.messages", "control.wire", "store.layout",
