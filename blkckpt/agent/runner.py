@@ -15,14 +15,15 @@ import signal
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
 from blkckpt import errors, log, paths, units
-from blkckpt.agent import checkpoint, consistency, machine, plan, receiver, turn
+from blkckpt.agent import checkpoint, consistency, machine, plan, receiver, rundir, turn
 from blkckpt.agent import options as asked
 from blkckpt.control import client
 from blkckpt.store import manifest
 from blkckpt.store import store as stores
-from blkckpt.vm import definition, qmp
+from blkckpt.vm import definition, qmp, writeprotect
 
 CheckpointOptions = checkpoint.CheckpointOptions
 
@@ -60,7 +61,7 @@ def take(
         _check_server(control, wanted)
         guest = None
         if not options.disks_only:
-            session = stack.enter_context(qmp.QmpSession(options.qmp or vm.qmp_socket))
+            session = stack.enter_context(_connect(vm, options.qmp))
             guest = machine.Machine(session)
             guest.check()
         mode = _choose_mode(options, guest)
@@ -100,6 +101,23 @@ def take_group(
         for vm, wanted, store in members
     }
     return consistency.together(takers, meeting)
+
+
+def _connect(vm: paths.VmPaths, path: Path | None) -> qmp.QmpSession:
+    """QEMU's monitor: *path*, or our own.
+
+    It is silent while QEMU waits for a fault that nobody answers, as when agent and guard of a snapshot were killed
+    together; then the guest's memory is freed.  A guard that is still at work has the monitor too, but it throws away
+    what the snapshot saves, so to free the memory harms nothing.
+    """
+    try:
+        return qmp.QmpSession(path or vm.qmp_socket)
+    except errors.DeadlineError:
+        running = None if path else rundir.find(vm)
+        if running is None or running.machine is None or not writeprotect.release(running.machine.pid):
+            raise
+    logger.warning("the guest was left write-protected, and is freed", extra={"fields": {"vm": vm.name}})
+    return qmp.QmpSession(vm.qmp_socket)
 
 
 def _choose_name(store: stores.Store, vm: str, wanted: str | None, under_way: Collection[str] = ()) -> str:
