@@ -27,8 +27,9 @@ A process of its own takes the stream in (:mod:`blkckpt.memory.apart`): pipe →
     listener  what the intake tells: chunks that are whole, the stream's end
     feeder    blkckpt.memory.feed: complete chunks, from the page cache → the store's writers
 
-The feeder and the store's threads run at a nice value of 10: when the processors are short, the guest comes first, and
-QEMU, whose thread saves it.  What is not stored meanwhile waits in the page cache.
+The feeder and the store's threads run at a nice value of 5: when the processors are short, the guest comes first, and
+QEMU, whose thread saves it.  What is not stored meanwhile waits in the page cache.  (At 10 a host with other work to do
+starved them: tens of seconds for what takes five.)
 
 Everything that is not finished is gone when the process ends: raw images have no name before they are complete,
 and images in the store that no manifest names are garbage there.
@@ -53,7 +54,7 @@ from blkckpt import errors, paths
 from blkckpt.memory import apart, assemble, feed, image, intake
 from blkckpt.store import store
 
-NICE = 10
+NICE = 5
 PROGRESS_EVERY = 0.25
 MAX_JOB = 1 << 20
 _GRACE = 20.0
