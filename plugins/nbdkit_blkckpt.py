@@ -6,9 +6,9 @@ parameters ``home= vm= python= site= control_fd=``, and ``start_fd=`` to wait fo
 nbdkit embeds the distribution's interpreter, which knows nothing of the environment blkckpt is installed in; so
 that environment's site directory is put *first* on ``sys.path``, before anything of blkckpt is imported.
 
-Every callback that serves a request is wrapped by :func:`_told` (or does the same in place): nbdkit makes EIO of an exception unless it is
-told the errno first (rule D10), and the exception that reaches it must not keep the traceback, whose frames hold
-nbdkit's buffer (rule D6: a buffer given by nbdkit never outlives its callback).
+Every callback that serves a request is wrapped by :func:`_told`, or does the same in place: nbdkit makes EIO of an
+exception unless it is told the errno first (rule D10), and the exception that reaches it must not keep the traceback,
+whose frames hold nbdkit's buffer (rule D6: a buffer given by nbdkit never outlives its callback).
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def pread(h: disks.Disk, buf: Any, offset: int, flags: int) -> None:
 
 def pwrite(h: disks.Disk, buf: Any, offset: int, flags: int) -> None:
     try:
-        return h.pwrite(buf, offset, flags & _FUA)
+        return h.pwrite(buf, offset, flags & _FUA != 0)
     except Exception as error:
         told = _tell(error)
     raise told

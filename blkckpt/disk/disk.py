@@ -84,7 +84,7 @@ class Disk:
         self.read_bytes += length
         return None
 
-    def pwrite(self, buf: Buffer, offset: int, fua: int = 0) -> None:
+    def pwrite(self, buf: Buffer, offset: int, fua: bool = False) -> None:
         """Write *buf*; with *fua* it is durable on return."""
         length = len(buf)
         if offset < 0 or offset + length > self.size or not length:
