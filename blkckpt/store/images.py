@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -233,7 +233,7 @@ class ImageReader:
             found[number] = self._packs.codec.decode(payload, entry.raw, entry.hash, place)
         return found
 
-    def _remember(self, fresh: dict[int, bytes]) -> None:
+    def _remember(self, fresh: Mapping[int, bytes]) -> None:
         with self._lock:
             for number, data in fresh.items():
                 if data is not layout.ZERO_CHUNK:

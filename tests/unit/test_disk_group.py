@@ -655,13 +655,18 @@ def test_a_restored_disk_can_be_checkpointed_while_it_is_filled(
 
 def test_the_fill_yields_to_the_guest(restored: disks.Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the guest does something the fill rests, after each step, as long as the step took; else not at all."""
-    clock, rests = [0.0], []
+    now, rests = 0.0, []
+
+    def rest(seconds: float) -> bool:
+        rests.append(seconds)
+        return False
+
     pace = jobs.Pace(threading.Event(), lambda: restored.group.disks["vda"].activity)
-    monkeypatch.setattr(jobs.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(pace.stop, "wait", lambda seconds: rests.append(seconds) or False)
-    pace._began = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(pace.stop, "wait", rest)
+    pace._began = now
     for took, active in ((0.01, True), (0.02, False), (0.03, True), (5.0, True)):
-        clock[0] += took
+        now += took
         if active:
             restored.read()
         pace.rest(1 << 20)

@@ -145,6 +145,7 @@ class Bench:
                 if name in allocate:
                     fio.allocate(uri, HOT, self.directory)
                 context.settle()
+                fio.once(uri, SEQUENTIAL_READ, HOT, self.directory)  # what was written may have left the page cache
                 seconds = self.context.pick(1, 4)
                 return {cell.name: fio.timed(uri, cell, HOT, self.directory, seconds=seconds) for cell in cells}
 
