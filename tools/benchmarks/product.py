@@ -124,8 +124,8 @@ class Server:
     def stacked(self, base: Path, directory: Path, layers: Sequence[Sequence[tuple[int, int]]]) -> Iterator[str]:
         """Over *base* one retained overlay for each of *layers*, oldest first, holding those ``(offset, length)``.
 
-        The control socket has no such order yet, so the files and the state are made before the server starts, by
-        the code that makes them for a checkpoint.
+        Files and state are made before the server starts, by the code that makes them for a checkpoint: so every
+        sample has the same layers, and they stay.
         """
         with sandbox(directory, fast=self.fast) as box:
             box.run("vm", "create", _NAME, "--disk", f"vda={base}")
