@@ -212,6 +212,10 @@ def _write_overlay(view: View, index: int, buf: Buffer, offset: int) -> None:
     if bits.all_set(first, end):
         overlay.file.pwrite(buf, offset)
         return
+    if not (offset | until) & MASK:
+        overlay.file.pwrite(buf, offset)
+        bits.mark(first, end)
+        return
     start, parts = offset, [buf]
     if offset & MASK and not bits.test(first):
         start = first << SHIFT

@@ -13,8 +13,9 @@ States, each sample from a server of its own:
 ``copy``, ``commit``  see :mod:`benchmarks.jobs`
 
 *Ours* is measured with the C fast path, where it is built, and without ("blkckpt python").  Figures that name no
-variant are of the best there is.  All writes of a peer that go to a raw file meet the same page cache; where the file
-was written in large pieces (large folios) each small write costs 20 us more, for every server.
+variant are of the best there is.  Where a file was written or read ahead in large pieces, its page cache is in large
+folios, and each small write costs 20 us more, for every server: so the warm data is written in blocks of 4 KiB, into
+an empty page cache, for everybody.
 """
 
 from __future__ import annotations
@@ -96,9 +97,11 @@ class Bench:
         def sample(serve: Serve) -> dict[str, float]:
             with self.fresh(serve) as uri:
                 seed = next(seeds)
+                used = servers.processor_seconds(self.directory)
                 first = fio.counted(uri, WRITE, SIZE, self.directory, operations=WRITES, seed=seed)
-                seconds = self.context.pick(1, 5)
-                return {"first": first, "mixed": fio.timed(uri, READ, SIZE, self.directory, seconds=seconds, seed=seed)}
+                used = servers.processor_seconds(self.directory) - used
+                mixed, read_used = self._timed(uri, READ, SIZE, self.context.pick(1, 5), seed)
+                return {"first": first, "first, us": used * 1e6 / WRITES, "mixed": mixed, "mixed, us": read_used}
 
         self.context.say(f"a new overlay: first writes, then reads across it: {', '.join(serves)}")
         samplers = {name: functools.partial(sample, serve) for name, serve in serves.items()}
@@ -108,6 +111,20 @@ class Bench:
         self.ratio("randwrite4k_python_vs_qcow2", PYTHON, QCOW2, first, figures.at_least(1.5))
         self.ratio("firstwrite4k_vs_qcow2", self.best, QCOW2, first, figures.at_least(2.5))
         self.ratio("firstwrite4k_vs_cow", self.best, COW, first, figures.at_least(2.5))
+        self._processor("mixed_randread4k", PYTHON, cells["mixed, us"])
+        self._processor("firstwrite4k", PYTHON, cells["first, us"])
+
+    def _timed(self, uri: str, cell: fio.Cell, size: int, seconds: float, seed: int) -> tuple[float, float]:
+        """Operations a second, and the server's processor time for each in us."""
+        used = servers.processor_seconds(self.directory)
+        rate = fio.timed(uri, cell, size, self.directory, seconds=seconds, seed=seed)
+        used = servers.processor_seconds(self.directory) - used
+        return rate, used * 1e6 / (rate * (seconds + float(fio.RAMP)))
+
+    def _processor(self, cell: str, ours: str, peers: Samples) -> None:
+        """Processor time an operation costs the server: what is left to the guest, and steady on a busy machine."""
+        named = {name: figures.Samples(samples.values, "us") for name, samples in peers.items()}
+        self.found.append(figures.Figure(f"{cell}_cpu_us", "us", named[ours].median, named))
 
     # ---- warm ----
 
@@ -125,6 +142,8 @@ class Bench:
                 self.ratio(f"{kind}_vs_{label}", best, peer, cells[kind], figures.at_least(bar))
         for kind, bar in (("randread256k", 0.9), ("randwrite256k", 0.9), ("qd1_read4k", 0.85), ("qd1_write4k", 0.85)):
             self.ratio(f"{kind}_vs_file", best, FILE, cells[kind], figures.at_least(bar))
+        for name in ("randread4k", "randwrite4k"):
+            self._processor(f"warm_{name}", best, cells[f"{name}, us"])
         if not self.context.quick:
             more = self._cells("more of it", serves, 3, MORE, allocate=(QCOW2, COW, FILE))
             for cell in MORE:
@@ -143,11 +162,14 @@ class Bench:
         def sample(name: str) -> dict[str, float]:
             with self.fresh(serves[name]) as uri:
                 if name in allocate:
-                    fio.allocate(uri, HOT, self.directory)
+                    context.forget(self.base)
+                    fio.allocate(uri, HOT, self.directory, "4k")
                 context.settle()
                 fio.once(uri, SEQUENTIAL_READ, HOT, self.directory)  # what was written may have left the page cache
-                seconds = self.context.pick(1, 4)
-                return {cell.name: fio.timed(uri, cell, HOT, self.directory, seconds=seconds) for cell in cells}
+                seconds, found = self.context.pick(1, 4), {}
+                for cell in cells:
+                    found[cell.name], found[f"{cell.name}, us"] = self._timed(uri, cell, HOT, seconds, 1)
+                return found
 
         self.context.say(f"{what}: {', '.join(serves)}")
         return self.context.cells(rounds, {name: functools.partial(sample, name) for name in serves}, "IOPS")

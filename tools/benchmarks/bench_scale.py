@@ -72,7 +72,7 @@ def run(context_: context.Context) -> list[figures.Figure]:
             seeds = iter(range(1, 1000))
             samplers[label] = lambda c=connection, v=vm, s=size, n=seeds: _switch_ms(c, v, s, next(n))  # type: ignore[misc]
         context_.say(f"switching the disks in turns, {WRITES} random writes before and after each switch")
-        switches = context_.round_robin(context_.pick(15, 31), samplers, "ms")
+        switches = context_.round_robin(context_.pick(9, 31), samplers, "ms")
         resident = {
             f"{label}, {field}": figures.Samples([_resident_mb(pid, field)], "MiB")
             for label, pid in pids.items()

@@ -126,6 +126,13 @@ def warm(path: Path) -> None:
             pass
 
 
+def forget(path: Path) -> None:
+    """Let *path*, which is on disk, out of the page cache."""
+    settle()
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def settle() -> None:
     """Write out dirty pages now, so that nobody's sample pays for another's."""
     os.sync()

@@ -68,9 +68,9 @@ def once(uri: str, cell: Cell, size: int, directory: Path) -> float:
     return _run(_command(uri, cell, size), directory)
 
 
-def allocate(uri: str, size: int, directory: Path) -> None:
+def allocate(uri: str, size: int, directory: Path, bs: str = "256k") -> None:
     """Write the first *size* bytes once, in order."""
-    _run(_command(uri, Cell("allocate", "write", "256k"), size), directory)
+    _run(_command(uri, Cell("allocate", "write", bs), size), directory)
 
 
 class Stream:
