@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import context, figures, fio, product, qemu
+from blkckpt import errors
 
 QEMU = {"copy": "qemu drive-backup", "commit": "qemu block-commit"}
 SIZE = 512 << 20
@@ -71,7 +72,10 @@ class Disks:
             begin = (lambda: connection.copy(store, {"vda": None})) if kind == "copy" else connection.abort
 
             def job() -> bool:
-                connection.finish(begin(), self._limit)
+                try:
+                    connection.finish(begin(), self._limit)
+                except errors.DeadlineError:
+                    return False
                 return True
 
             return _beside(uri, self._context, job, 1.0)
