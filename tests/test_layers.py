@@ -38,7 +38,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({
         "disk.fileio", "disk.epoch", "disk.job", "control.server", "control.client", "control.quitter",
         "vm.qmp", "vm.guestagent", "vm.dialogue",
-        "store.packs", "store.pins", "memory.image", "memory.generate",
+        "store.packs", "store.pins", "store.readahead", "memory.image", "memory.generate",
     }),
     frozenset({
         "disk.maps", "memory.assemble", "agent.rundir", "agent.guard", "agent.turn", "agent.consistency",

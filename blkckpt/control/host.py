@@ -59,7 +59,7 @@ def wire_error(error: BaseException) -> int:
 def open_image(image: api.ImageRef) -> api.Source:
     """The bottom of a restored disk.  The store is loaded only when there is one: most VMs never need it here."""
     store: Any = importlib.import_module("blkckpt.store.store")
-    source: api.Source = store.Store.open(image.store).image(image.image)
+    source: api.Source = store.Store.open(image.store).image(image.image, ahead=True)
     return source
 
 

@@ -2,7 +2,7 @@
 
 Opening an image reads its table: a few kilobytes a gigabyte.  Every chunk then costs one entry (of a cached leaf) and
 one ranged read.  An :class:`ImageReader` is immutable but for its caches and may be used from any thread; it is the
-:class:`Source` of a restored disk.
+:class:`Source` of a restored disk, which reads *ahead* (:mod:`blkckpt.store.readahead`) until it is closed.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blkckpt import errors, lazy
-from blkckpt.store import layout, packs
+from blkckpt.store import layout, packs, readahead
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,7 +79,7 @@ def packed_leaf(store: packs.Packs, table: layout.Table, leaf: int) -> bytes:
 class ImageReader:
     """Reads one image.  Thread-safe.  Every byte returned has had its hash checked (rule S3)."""
 
-    def __init__(self, store: packs.Packs, table: layout.Table, *, cache: int = CACHE) -> None:
+    def __init__(self, store: packs.Packs, table: layout.Table, *, cache: int = CACHE, ahead: bool = False) -> None:
         self.table = table
         self.size = table.size
         self._packs = store
@@ -87,6 +87,7 @@ class ImageReader:
         self._leaves: OrderedDict[int, bytes] = OrderedDict()
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
         self._limit = max(cache // layout.CHUNK, 1)
+        self._ahead = readahead.ReadAhead(self._fetch, self._remember, self.chunks) if ahead else None
 
     @property
     def image_id(self) -> str:
@@ -191,9 +192,15 @@ class ImageReader:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise errors.InputError(f"image {self.image_id}: {length} bytes at {offset} are outside of its {self.size}")
 
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self._ahead:
+            self._ahead.close()
+
     def _get(self, numbers: range) -> list[bytes]:
-        """The chunks *numbers*, from the cache or the packs."""
-        found: dict[int, bytes] = {}
+        """The chunks *numbers*, from the cache, by reading ahead, or from the packs."""
+        ahead = self._ahead
+        found: dict[int, bytes] = ahead.wait(numbers) if ahead else {}
         with self._lock:
             for number in numbers:
                 data = self._chunks.get(number)
@@ -205,6 +212,8 @@ class ImageReader:
             fresh = self._fetch(wanted)
             found |= fresh
             self._remember(fresh)
+        if ahead:
+            ahead.note(numbers, self._chunks.__contains__)
         return [found[number] for number in numbers]
 
     def _fetch(self, numbers: Sequence[int]) -> dict[int, bytes]:
@@ -224,7 +233,7 @@ class ImageReader:
             found[number] = self._packs.codec.decode(payload, entry.raw, entry.hash, place)
         return found
 
-    def _remember(self, fresh: dict[int, bytes]) -> None:
+    def _remember(self, fresh: Mapping[int, bytes]) -> None:
         with self._lock:
             for number, data in fresh.items():
                 if data is not layout.ZERO_CHUNK:

@@ -128,9 +128,9 @@ class Store:
             self._end(None)
             raise
 
-    def image(self, image_id: str, *, cache: int = images.CACHE) -> images.ImageReader:
-        """Open an image for reading; *cache* is the bytes of chunks to keep."""
-        return images.ImageReader(self.packs, images.load_table(self.packs, image_id), cache=cache)
+    def image(self, image_id: str, *, cache: int = images.CACHE, ahead: bool = False) -> images.ImageReader:
+        """Open an image for reading; *cache* is the bytes of chunks to keep, *ahead* is for a guest's disk."""
+        return images.ImageReader(self.packs, images.load_table(self.packs, image_id), cache=cache, ahead=ahead)
 
     def image_ids(self) -> Iterator[str]:
         """Every image in the store, whether a manifest names it or not."""

@@ -384,3 +384,58 @@ def test_leaves_complete_once_every_chunk_is_set() -> None:
     assert table.set(layout.LEAF, entry) is None
     assert table.begun() == [1]
     assert table.set_zero(layout.LEAF + 1, 1) == [1]
+
+
+# --- reading ahead
+
+
+class Fetches:
+    """What a reader asks of the packs, and by which thread; failing on demand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ahead: list[int] = []
+        self.direct: list[int] = []
+        self.broken = False
+        fetch = images.ImageReader._fetch
+
+        def noted(reader: images.ImageReader, numbers: list[int]) -> dict[int, bytes]:
+            by_thread = threading.current_thread().name.startswith("read-ahead")
+            (self.ahead if by_thread else self.direct).extend(numbers)
+            if by_thread and self.broken:
+                raise errors.CorruptError("damaged")
+            return fetch(reader, numbers)
+
+        monkeypatch.setattr(images.ImageReader, "_fetch", noted)
+
+
+def test_a_sequential_reader_finds_its_chunks_made(target: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = os.urandom(100 * CHUNK + 77)
+    image = put(target, data).image
+    fetches = Fetches(monkeypatch)
+    reader = target.image(image, ahead=True)
+    got = b"".join(reader.read(at, min(10000, reader.size - at)) for at in range(0, reader.size, 10000))
+    reader.close()
+    assert got == data
+    assert sorted(fetches.direct + fetches.ahead) == list(range(101)), "a chunk was fetched twice or never"
+    assert len(fetches.direct) <= 2
+
+
+def test_nothing_is_read_ahead_for_a_reader_that_jumps(target: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = put(target, os.urandom(100 * CHUNK)).image
+    fetches = Fetches(monkeypatch)
+    reader = target.image(image, ahead=True)
+    for number in (0, 50, 7, 90, 30, 60, 10, 80):
+        reader.read(number * CHUNK, 100)
+    reader.close()
+    assert not fetches.ahead and len(fetches.direct) == 8
+
+
+def test_what_cannot_be_read_ahead_fails_for_who_wants_it(target: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not before: a guest that never comes there is not told."""
+    data = os.urandom(20 * CHUNK)
+    fetches = Fetches(monkeypatch)
+    fetches.broken = True
+    reader = target.image(put(target, data).image, ahead=True)
+    assert b"".join(reader.read(at, CHUNK) for at in range(0, len(data), CHUNK)) == data
+    reader.close()
+    assert fetches.ahead, "nothing was tried"
