@@ -37,6 +37,7 @@ VERBS = {
     "restore": "Start a new VM from a checkpoint.",
     "revert": "Take a VM's own disks and state back to a checkpoint.",
     "status": "Show what runs and what is under way.",
+    "du": "Show what checkpoints cost.",
     "verify": "Check that checkpoints are whole.",
     "rm": "Remove a checkpoint.",
     "store": "Make or find the checkpoint store.",
