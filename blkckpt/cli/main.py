@@ -36,6 +36,7 @@ VERBS = {
     "cp": "Copy a guest's files out of a checkpoint.",
     "restore": "Start a new VM from a checkpoint.",
     "revert": "Take a VM's own disks and state back to a checkpoint.",
+    "nbd": "Export a checkpoint's disks over NBD, read-only.",
     "status": "Show what runs and what is under way.",
     "du": "Show what checkpoints cost.",
     "verify": "Check that checkpoints are whole.",
