@@ -37,6 +37,7 @@ VERBS = {
     "restore": "Start a new VM from a checkpoint.",
     "revert": "Take a VM's own disks and state back to a checkpoint.",
     "nbd": "Export a checkpoint's disks over NBD, read-only.",
+    "export": "Write a checkpoint's disk or memory to a file.",
     "status": "Show what runs and what is under way.",
     "du": "Show what checkpoints cost.",
     "verify": "Check that checkpoints are whole.",
