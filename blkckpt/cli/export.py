@@ -36,7 +36,7 @@ PIPE = "-"
     type=click.Choice(sorted({*qemuimg.FORMATS, *outward.MEMORY})),
     help="[default: by FILE's suffix, else raw]",
 )
-@click.option("--compress", is_flag=True, help="Compress the data of a qcow2 or vmdk.")
+@click.option("--compress", is_flag=True, help="Compress the data of a qcow2.")
 @click.option("--force", is_flag=True, help="Replace FILE if it is there.")
 @verb.json_option
 @click.pass_obj
@@ -61,8 +61,8 @@ def command(
     found = ours.checkpoint(target)
     chosen = outward.main_memory(found.manifest, block) if memory else outward.disk(found.manifest, disk)
     wanted = kind or ("raw" if memory or path == PIPE else qemuimg.SUFFIXES.get(Path(path).suffix.lower(), "raw"))
-    if compress and wanted not in ("qcow2", "vmdk"):
-        raise errors.InputError(f"--compress works for qcow2 and vmdk, not for {wanted}")
+    if compress and wanted != "qcow2":
+        raise errors.InputError(f"--compress works for qcow2, not for {wanted}")
     if memory and wanted not in outward.MEMORY:
         raise errors.InputError(f"memory is exported as {' or '.join(outward.MEMORY)}, not as {wanted}")
     if path == PIPE and wanted != "raw":

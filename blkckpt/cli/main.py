@@ -6,6 +6,7 @@ Verbs are imported when they are used, so that ``blkckpt list`` does not pay for
 from __future__ import annotations
 
 import importlib
+import keyword
 import logging
 import signal
 import traceback
@@ -38,6 +39,7 @@ VERBS = {
     "revert": "Take a VM's own disks and state back to a checkpoint.",
     "nbd": "Export a checkpoint's disks over NBD, read-only.",
     "export": "Write a checkpoint's disk or memory to a file.",
+    "import": "Make a VM or a checkpoint from image files.",
     "status": "Show what runs and what is under way.",
     "du": "Show what checkpoints cost.",
     "verify": "Check that checkpoints are whole.",
@@ -57,7 +59,8 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        command = importlib.import_module(f"blkckpt.cli.{cmd_name}").command
+        module = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
+        command = importlib.import_module(f"blkckpt.cli.{module}").command
         assert isinstance(command, click.Command)
         return command
 

@@ -47,7 +47,7 @@ def scatter(reader: images.ImageReader, write: Callable[[int, bytes], None], pro
 
     total, done = data_bytes(reader), 0
     jobs = ((start, length) for start, length, zero in pieces(reader) if not zero)
-    for length in _ahead(copy, jobs):
+    for length in ahead(copy, jobs):
         done += length
         progress(done, total)
 
@@ -59,10 +59,10 @@ def in_order(reader: images.ImageReader) -> Iterator[tuple[int, bytes | None]]:
     def read(offset: int, length: int, zero: bool) -> tuple[int, bytes | None]:
         return length, None if zero else reader.read(offset, length)
 
-    yield from _ahead(read, jobs)
+    yield from ahead(read, jobs)
 
 
-def _ahead(work: Callable[..., T], jobs: Iterator[tuple[int, ...]]) -> Iterator[T]:
+def ahead(work: Callable[..., T], jobs: Iterator[tuple[int, ...]]) -> Iterator[T]:
     """The results of *work* on *jobs*, in order, a bounded number ahead of who takes them."""
     threads = min(len(os.sched_getaffinity(0)), 8)
     waiting: collections.deque[futures.Future[T]] = collections.deque()
