@@ -40,6 +40,8 @@ VERBS = {
     "nbd": "Export a checkpoint's disks over NBD, read-only.",
     "export": "Write a checkpoint's disk or memory to a file.",
     "import": "Make a VM or a checkpoint from image files.",
+    "bundle": "Put checkpoints into one file, for another host.",
+    "unbundle": "Make checkpoints of a bundle.",
     "status": "Show what runs and what is under way.",
     "du": "Show what checkpoints cost.",
     "verify": "Check that checkpoints are whole.",

@@ -9,7 +9,7 @@ import collections
 import os
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from blkckpt.store import images
 
@@ -62,7 +62,7 @@ def in_order(reader: images.ImageReader) -> Iterator[tuple[int, bytes | None]]:
     yield from ahead(read, jobs)
 
 
-def ahead(work: Callable[..., T], jobs: Iterator[tuple[int, ...]]) -> Iterator[T]:
+def ahead(work: Callable[..., T], jobs: Iterator[tuple[Any, ...]]) -> Iterator[T]:
     """The results of *work* on *jobs*, in order, a bounded number ahead of who takes them."""
     threads = min(len(os.sched_getaffinity(0)), 8)
     waiting: collections.deque[futures.Future[T]] = collections.deque()
