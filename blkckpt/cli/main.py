@@ -44,6 +44,7 @@ VERBS = {
     "unbundle": "Make checkpoints of a bundle.",
     "status": "Show what runs and what is under way.",
     "du": "Show what checkpoints cost.",
+    "top": "Watch the disks work: requests, throughput, progress.",
     "verify": "Check that checkpoints are whole.",
     "rm": "Remove a checkpoint.",
     "store": "Make or find the checkpoint store.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -70,9 +71,9 @@ def history(place: store.Store) -> list[manifest.Manifest]:
 
 
 def pack(place: store.Store, chosen: list[manifest.Manifest], bases: list[manifest.Manifest] | None = None) -> bytes:
-    out = io.BytesIO()
-    packing.pack(place, chosen, bases or [], out.write, lambda done, total: None)
-    return out.getvalue()
+    out = bytearray()
+    packing.pack(place, chosen, bases or [], out.extend, lambda done, total: None)
+    return bytes(out)
 
 
 def unpack(place: store.Store, data: bytes, rename: unpacking.Rename | None = None) -> unpacking.Unpacked:
@@ -226,7 +227,7 @@ def test_it_waits_for_no_collection(near: store.Store, far: store.Store) -> None
     """While a bundle is being read, nothing is collected; what is being packed is pinned."""
     made = history(near)
     data = pack(near, made)
-    seen = []
+    seen: list[int] = []
 
     def progress(position: int) -> None:
         if not seen:
@@ -236,7 +237,7 @@ def test_it_waits_for_no_collection(near: store.Store, far: store.Store) -> None
 
     unpacking.unpack(far, io.BytesIO(data).read, {}, progress)
     assert seen
-    pinned = []
+    pinned: list[int] = []
     packing.pack(near, made, [], lambda data: pinned.append(len(near.pins())), lambda done, total: None)
     assert set(pinned) == {1} and near.pins() == {}
 
@@ -250,7 +251,7 @@ def test_other_hash_and_other_version(near: store.Store, tmp_path: Path) -> None
         unpack(place, data)
     newer = bundle.HEADER.pack(bundle.MAGIC, 2, 0, bytes(16), b"blake3", 0, 0)[:-4]
     with pytest.raises(errors.CorruptError, match="newer"):
-        bundle.decode_header(newer + layout.zlib.crc32(newer).to_bytes(4, "little"))
+        bundle.decode_header(newer + zlib.crc32(newer).to_bytes(4, "little"))
 
 
 def test_pins_of_dead_processes_go(near: store.Store) -> None:
