@@ -48,6 +48,8 @@ VERBS = {
     "verify": "Check that checkpoints are whole.",
     "rm": "Remove a checkpoint.",
     "store": "Make or find the checkpoint store.",
+    "completion": "Print a completion script for the shell.",
+    "man": "Show the manual page of a verb.",
     "doctor": "Say what this machine lacks, and what to do.",
 }
 """Every verb and its line in the overview: the module :mod:`blkckpt.cli` has under that name, its ``command``."""
