@@ -6,18 +6,21 @@ store: a completion must be there before the next key.  What cannot be read offe
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
-from click import shell_completion
 
 from blkckpt import errors, paths
 from blkckpt.cli import names
 from blkckpt.vm import definition
 
-Items = list[shell_completion.CompletionItem]
-Completer = Callable[[click.Context, str], Items]
+if TYPE_CHECKING:
+    from click import shell_completion
+
+Completer = Callable[[click.Context, str], "list[shell_completion.CompletionItem]"]
 
 
 def for_metavar(metavar: str | None) -> Completer | None:
@@ -30,28 +33,36 @@ def for_metavar(metavar: str | None) -> Completer | None:
     return {"VM": _vms, "VM[@CKPT": _either}.get(words)
 
 
-def _vms(ctx: click.Context, incomplete: str) -> Items:
+def _vms(ctx: click.Context, incomplete: str) -> list[shell_completion.CompletionItem]:
     home = _home(ctx)
     found = set(home.vm_names()) | {vm for vm, _ in _stored(home)}
     return _matching(sorted(found), incomplete)
 
 
-def _checkpoints(ctx: click.Context, incomplete: str) -> Items:
+def _checkpoints(ctx: click.Context, incomplete: str) -> list[shell_completion.CompletionItem]:
     found = sorted(f"{vm}@{name}" for vm, name in _stored(_home(ctx)))
     latest = sorted({f"{text.partition('@')[0]}@{names.LATEST}" for text in found})
     return _matching(found + latest, incomplete)
 
 
-def _either(ctx: click.Context, incomplete: str) -> Items:
+def _either(ctx: click.Context, incomplete: str) -> list[shell_completion.CompletionItem]:
     return _checkpoints(ctx, incomplete) if "@" in incomplete else _vms(ctx, incomplete)
 
 
-def _files(ctx: click.Context, incomplete: str) -> Items:
-    return [shell_completion.CompletionItem(incomplete, type="file")]
+def _files(ctx: click.Context, incomplete: str) -> list[shell_completion.CompletionItem]:
+    return [_item(incomplete, type="file")]
 
 
-def _matching(found: list[str], incomplete: str) -> Items:
-    return [shell_completion.CompletionItem(text) for text in found if text.startswith(incomplete)]
+def _matching(found: list[str], incomplete: str) -> list[shell_completion.CompletionItem]:
+    return [_item(text) for text in found if text.startswith(incomplete)]
+
+
+def _item(text: str, **more: Any) -> shell_completion.CompletionItem:
+    """Loaded with the first use: every other call of a verb does without."""
+    item: shell_completion.CompletionItem = importlib.import_module("click.shell_completion").CompletionItem(
+        text, **more
+    )
+    return item
 
 
 def _home(ctx: click.Context) -> paths.Home:
