@@ -159,10 +159,9 @@ def _checked(place: stores.Store, pack: int, records: layout.Array) -> Iterator[
 
 def _by_pack(keys: usage.Keys, packs: Sequence[int]) -> Iterator[tuple[int, usage.Keys]]:
     """``(pack, offsets)`` of sorted *keys*."""
-    numbers = keys >> np.uint64(usage.OFFSET_BITS)
-    for number in np.unique(numbers).tolist():
-        low, high = np.searchsorted(numbers, [number, number + 1])
-        yield packs[number], keys[low:high] & np.uint64((1 << usage.OFFSET_BITS) - 1)
+    numbers, starts = np.unique(keys >> np.uint64(usage.OFFSET_BITS), return_index=True)
+    for number, part in zip(numbers.tolist(), np.split(keys, starts[1:]), strict=False):
+        yield packs[number], part & np.uint64((1 << usage.OFFSET_BITS) - 1)
 
 
 def _keys(place: stores.Store, places: usage.Places, found: Iterable[manifest.Manifest]) -> usage.Keys:

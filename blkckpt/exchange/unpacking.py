@@ -18,6 +18,7 @@ id) and goes on with the rest.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -202,7 +203,7 @@ def _check_names(
     place: stores.Store, source: _Source, rename: Rename
 ) -> tuple[list[manifest.Manifest], list[manifest.Manifest], list[manifest.Manifest]]:
     """``(the needed, those to be made, those that are here already)``; refuses before anything is written."""
-    here = {one.id: one for one in place.manifests()}
+    here = {one.id: one for one in _readable(place)}
     listed = source.wanted(bundle.NEEDS)
     if listed is None:
         raise errors.CorruptError("the bundle does not begin with its needs")
@@ -225,7 +226,16 @@ def _check_names(
         (present if _is_present(place, local) else wanted).append(local)
     if not source.manifests:
         raise errors.CorruptError("the bundle holds no checkpoint")
+    if len({(one.vm, one.name) for one in wanted}) < len(wanted):
+        raise errors.InputError("two checkpoints of the bundle would have one name here; choose another --rename")
     return needed, wanted, present
+
+
+def _readable(place: stores.Store) -> Iterator[manifest.Manifest]:
+    """The manifests of this store; a damaged one cannot be built on, and is no reason to refuse the rest."""
+    for vm, name in place.names():
+        with contextlib.suppress(errors.CorruptError, errors.NotFoundError):
+            yield place.manifest(vm, name)
 
 
 def _is_present(place: stores.Store, one: manifest.Manifest) -> bool:

@@ -277,6 +277,25 @@ def test_export_to_a_pipe_and_of_memory(cli: Cli, tmp_path: Path) -> None:
     assert (tmp_path / "vga").read_bytes() == RAM[:CHUNK]
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_an_interrupted_export_lets_go(cli: Cli, sent: signal.Signals) -> None:
+    """Rules C3 and X4: it waits for a reader that does not read; one line, its code, and no pin of it is left."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "blkckpt.cli.main", "export", "web@one", "--disk", "vda", "-o", "-"],
+        env=cli.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.read(4096) == DISKS["vda"][:4096]
+    with store.Store.open(cli.home / "store") as place:
+        assert [owner for owner in place.pins() if f"export.{owner.split('.')[2]}.{process.pid}." in owner]
+        process.send_signal(sent)
+        assert process.wait(30) == 128 + sent
+        assert process.stderr.read().count(b"\n") == 1
+        assert not [owner for owner in place.pins() if owner.startswith("use.export.")]
+    process.stdout.close()
+    process.stderr.close()
+
+
 def test_export_refusals(cli: Cli, tmp_path: Path) -> None:
     assert "vda, vdb" in cli.run("export", "web@one", "-o", str(tmp_path / "x"), code=3)
     assert "vda, vdb" in cli.run("export", "web@one", "--disk", "vdz", "-o", str(tmp_path / "x"), code=4)

@@ -150,6 +150,8 @@ def test_a_taken_name_is_refused_and_can_be_changed(near: store.Store, far: stor
     unpack(far, data, {("web", "n1"): ("web", "other")})
     assert far.manifest("web", "n2").parent == "other"
     same(near, made[1], far, "web", "other")
+    with pytest.raises(errors.InputError, match="one name"):
+        unpack(far, data, {("web", name): ("copy", "x") for name in ("n0", "n1", "n2")})
     unpack(far, data, {("web", None): ("copy", None)})
     assert [name for _, name in far.names("copy")] == ["n0", "n1", "n2"]
 
