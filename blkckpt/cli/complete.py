@@ -25,7 +25,7 @@ Completer = Callable[[click.Context, str], "list[shell_completion.CompletionItem
 
 def for_metavar(metavar: str | None) -> Completer | None:
     """What completes an argument that is shown as *metavar*; None: nothing special."""
-    words = (metavar or "").strip("[]…")
+    words = (metavar or "").strip("[]….")
     if words in ("FILE", "ID=]IMAGE", "LIST", "SOCKET"):
         return _files
     if words == "VM@CKPT":
