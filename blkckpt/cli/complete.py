@@ -28,9 +28,11 @@ def for_metavar(metavar: str | None) -> Completer | None:
     words = (metavar or "").strip("[]….")
     if words in ("FILE", "ID=]IMAGE", "LIST", "SOCKET"):
         return _files
-    if words == "VM@CKPT":
+    if "VM[@" in words:
+        return _either
+    if "VM@" in words:
         return _checkpoints
-    return {"VM": _vms, "VM[@CKPT": _either}.get(words)
+    return _vms if words.startswith("VM") else None
 
 
 def _vms(ctx: click.Context, incomplete: str) -> list[shell_completion.CompletionItem]:

@@ -171,7 +171,7 @@ def _keys(place: stores.Store, places: usage.Places, found: Iterable[manifest.Ma
     for image in dict.fromkeys(image for one in found for image in one.images()):
         table = images.load_table(place.packs, image)
         for leaf in np.flatnonzero(table.leaves["raw"]).tolist():
-            where = table.leaves[leaf : leaf + 1].tobytes()
+            where = layout.pack_entry(table.leaf(leaf))
             if where not in seen:
                 seen.add(where)
                 entries = images.read_leaf(place.packs, table, leaf)
@@ -209,16 +209,16 @@ def _send_image(
 ) -> None:
     described = bundle.Image(table.image_id, table.size, kind, table.label, base[0] if base else None)
     out.record(bundle.IMAGE, bundle.encode_image(described))
-    below = images.load_table(place.packs, base[1]).leaves if base else None
+    below = images.load_table(place.packs, base[1]) if base else None
     zeros = 0
-    for leaf in range(len(table.leaves)):
-        if not table.leaves["raw"][leaf]:
+    for leaf in range(layout.leaf_count(table.size)):
+        if not table.leaf(leaf).raw:
             zeros += 1
             continue
         _send_zeros(out, zeros)
         zeros = 0
         column = bundle.hash_column(images.read_leaf(place.packs, table, leaf))
-        if below is not None and (below["hash"][leaf] == table.leaves["hash"][leaf]).all():
+        if below is not None and below.leaf(leaf).hash == table.leaf(leaf).hash:
             out.record(bundle.SAME, place.packs.codec.digest(column))
         else:
             out.record(bundle.LEAF, column)

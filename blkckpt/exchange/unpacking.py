@@ -363,7 +363,7 @@ class _Base:
         else:
             assert self.table is not None
             column = bundle.hash_column(images.read_leaf(self.place.packs, self.table, leaf))
-            found, entry = self.place.packs.codec.digest(column), self.table.leaves[leaf : leaf + 1].tobytes()
+            found, entry = self.place.packs.codec.digest(column), layout.pack_entry(self.table.leaf(leaf))
         if found != digest:
             raise errors.CorruptError("the checkpoint that the bundle builds on is another one here: its data differs")
         return entry
@@ -423,7 +423,9 @@ def _publish_tables(
     for image in dict.fromkeys(image for one in wanted for image in one.images()):
         made, new = built[image], secrets.token_hex(16)
         described = made.image
-        table = layout.Table(new, described.size, described.kind, described.label, None, time.time_ns(), made.directory)
+        table = layout.Table(
+            new, described.size, described.kind, described.label, None, time.time_ns(), made.directory.tobytes()
+        )
         data = layout.encode_table(table, place.packs.codec.digest)
         place.packs.backend.put(layout.image_key(new), data, exclusive=True)
         ids[image] = new
