@@ -17,11 +17,8 @@ PACKAGE = ROOT / "blkckpt"
 
 RANKS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "lazy"}),
-    frozenset({"units", "log", "durable"}),
-    frozenset({
-        "paths", "disk.barrier", "disk.api", "disk.blocks", "memory.records", "vm.qemuopts", "agent.drain",
-        "agent.options",
-    }),
+        "units", "log", "durable", "paths", "disk.barrier", "disk.api", "disk.blocks", "memory.records",
+        "vm.qemuopts", "agent.drain", "agent.options", "exchange.qemuimg",
     # Pure: values and bytes, no process, no socket.
     frozenset({
         "disk.blockmap", "disk.format", "control.messages", "control.wire", "store.layout",
@@ -34,7 +31,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"view.parser", "view.volumes"}),
     frozenset({"view.walk"}),
     frozenset({"view.extract", "view.heatmap"}),
-    frozenset({"store.backend", "store.codec", "store.index", "store.leaves", "store.lock"}),
+    frozenset({"store.backend", "store.codec", "store.index", "store.leaves", "store.lock", "exchange.bundle"}),
     frozenset({
         "disk.fileio", "disk.epoch", "disk.job", "control.server", "control.client", "control.quitter",
         "vm.qmp", "vm.guestagent", "vm.dialogue",
@@ -44,21 +41,21 @@ RANKS: tuple[frozenset[str], ...] = (
         "disk.maps", "memory.assemble", "agent.rundir", "agent.guard", "agent.turn", "agent.consistency",
         "agent.machine", "agent.receiver",
     }),
-    frozenset({"disk.layer", "agent.rescue", "memory.intake", "store.images", "agent.nbdserver"}),
-    frozenset({"store.collect", "store.compare", "store.frozen", "store.writer", "memory.apart"}),
+        "disk.layer", "agent.rescue", "memory.intake", "store.images", "agent.nbdserver", "store.collect",
+        "store.compare", "store.frozen", "store.writer", "memory.apart", "exchange.pump",
     frozenset({"disk.chain", "store.store"}),
     frozenset({
         "agent.history", "disk.copier", "disk.commit", "disk.fill", "disk.stack", "store.check", "store.ingest",
-        "memory.feed", "view.changes", "view.filediff", "view.report",
+        "memory.feed", "store.usage", "view.changes", "view.filediff", "view.report",
     }),
-    frozenset({"disk.disk", "disk.statefile", "memory.receive", "agent.forget", "agent.checkpoint"}),
-    frozenset({"disk.member"}),
-    frozenset({"disk.background", "disk.rounds"}),
+    frozenset({"disk.disk", "disk.statefile", "memory.receive", "agent.forget", "agent.checkpoint", "exchange.inuse"}),
+    frozenset({"disk.member", "exchange.exports", "exchange.packing", "exchange.unpacking"}),
+    frozenset({"disk.background", "exchange.server", "disk.rounds"}),
     frozenset({"disk.copying"}),
-    frozenset({"disk.group", "agent.runner", "view.tree"}),
+    frozenset({"disk.group", "agent.runner", "view.tree", "exchange.outward"}),
     frozenset({"control.service", "agent.supervisor", "view.fuse"}),
     frozenset({"control.host", "restore.disks", "restore.ram"}),
-    frozenset({"restore.machine"}),
+    frozenset({"restore.machine", "exchange.inward"}),
     frozenset({"restore.revert"}),
     frozenset({"doctor"}),
     frozenset({"cli"}),

@@ -146,13 +146,13 @@ def clean_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**kept, "PATH": CLEAN_PATH, **(more or {})}
 
 
-def plugin_path() -> Path:
-    """Our plugin: inside an installed package, else beside the package in a checkout."""
+def plugin_path(name: str = "nbdkit_blkckpt.py") -> Path:
+    """Our plugin *name*: inside an installed package, else beside the package in a checkout."""
     package = Path(blkckpt.__file__).parent
-    for candidate in (package / "_plugins/nbdkit_blkckpt.py", package.parent / "plugins/nbdkit_blkckpt.py"):
+    for candidate in (package / "_plugins" / name, package.parent / "plugins" / name):
         if candidate.is_file():
             return candidate
-    raise errors.MissingError(f"nbdkit_blkckpt.py is missing beside {package}; install blkckpt again")
+    raise errors.MissingError(f"{name} is missing beside {package}; install blkckpt again")
 
 
 class NbdServer:
@@ -223,25 +223,12 @@ class NbdServer:
         notes = paths.private_directory(self.vm.run.parent.parent)  # the same for every home
         program = probe(notes)
         check_interpreter(program)
-        argv = ["/bin/sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *self._command(program)]
+        command = self._command(program)
         if more:
-            argv.append("start_fd=5")
+            command.append("start_fd=5")
         with open(os.devnull, "rb") as null:
             sources = [null.fileno(), output, output, self._nbd.fileno(), self._control.fileno(), *more]
-            descriptors = [_high(source) for source in sources]
-        try:
-            self.pid = os.posix_spawn(
-                argv[0],
-                argv,
-                clean_environment({"LISTEN_FDS": "1"}),
-                file_actions=[(os.POSIX_SPAWN_DUP2, source, target) for target, source in enumerate(descriptors)],
-                setpgroup=0,
-                setsigmask=[],
-                setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
-            )
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+            self.pid = spawn(command, sources)
         self.pidfd = os.pidfd_open(self.pid)
 
     def _command(self, program: Program) -> list[str]:
@@ -276,17 +263,10 @@ class NbdServer:
     def failure(self) -> errors.BlkckptError:
         """Why nbdkit ended: what the plugin logged as fatal, else nbdkit's last words."""
         path = self.vm.log / "nbdkit.log"
-        with path.open("rb") as file:
-            file.seek(max(self._log_start, file.seek(0, os.SEEK_END) - _TAIL))
-            said = file.read()
+        said = last_words(path, self._log_start)
         if not said and self._early_words >= 0:
             said = os.pread(self._early_words, _TAIL, 0)
-        lines = said.decode(errors="replace").splitlines()
-        for line in reversed(lines):
-            if told := _fatal(line):
-                return told
-        last = next((line for line in reversed(lines) if "error" in line), lines[-1] if lines else "it said nothing")
-        return errors.BlkckptError(f"the disk server of VM {self.vm.name} ended: {last[:300]} (see {path})")
+        return failure(said, path, f"the disk server of VM {self.vm.name}")
 
     def reap(self) -> int:
         """Collect an ended nbdkit; returns its wait status."""
@@ -322,9 +302,52 @@ class NbdServer:
         signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
 
+def last_words(path: Path, start: int) -> bytes:
+    """The end of the log *path*, from byte *start* on at most."""
+    with path.open("rb") as file:
+        file.seek(max(start, file.seek(0, os.SEEK_END) - _TAIL))
+        return file.read()
+
+
+def failure(said: bytes, path: Path, what: str) -> errors.BlkckptError:
+    """Why *what* ended, by what it *said*, which is in the log *path*."""
+    lines = said.decode(errors="replace").splitlines()
+    for line in reversed(lines):
+        if told := _fatal(line):
+            return told
+    last = next((line for line in reversed(lines) if "error" in line), lines[-1] if lines else "it said nothing")
+    return errors.BlkckptError(f"{what} ended: {last[:300]} (see {path})")
+
+
+def spawn(command: Sequence[str], descriptors: Sequence[int], *, session: bool = False) -> int:
+    """Start nbdkit with *descriptors* as its 0, 1, 2 …, of which 3 is the listening NBD socket; returns its pid.
+
+    In a process group of its own, or in a *session* of its own to outlive this terminal.
+    """
+    argv = ["/bin/sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *command]
+    raised = [_high(descriptor) for descriptor in descriptors]
+    try:
+        return os.posix_spawn(
+            argv[0],
+            argv,
+            clean_environment({"LISTEN_FDS": "1"}),
+            file_actions=[(os.POSIX_SPAWN_DUP2, source, target) for target, source in enumerate(raised)],
+            setsigmask=[],
+            setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
+            **({"setsid": True} if session else {"setpgroup": 0}),
+        )
+    finally:
+        for descriptor in raised:
+            os.close(descriptor)
+
+
 def open_log(vm: paths.VmPaths, name: str) -> IO[bytes]:
     """*vm*'s log *name*, 0600, for appending; begun anew when it has grown past ``MAX_LOG``."""
-    path = paths.private_directory(vm.log) / name
+    return append_to(paths.private_directory(vm.log) / name)
+
+
+def append_to(path: Path) -> IO[bytes]:
+    """The log *path*, 0600, for appending; begun anew when it has grown past ``MAX_LOG``."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -11,6 +11,7 @@ import click
 from blkckpt import errors, units
 from blkckpt.agent import forget
 from blkckpt.cli import names, output, session, verb
+from blkckpt.exchange import inuse
 from blkckpt.store import collect as collection
 from blkckpt.store import store
 
@@ -38,7 +39,7 @@ def command(ours: session.Session, targets: tuple[names.Target, ...], collect: b
         place.remove(vm, name)
         shutil.rmtree(ours.home.vm(vm).memory / name, ignore_errors=True)
     forget.let_go(ours.home)
-    reports = _collect({place.path: place for _, place, _ in found}.values()) if collect else None
+    reports = _collect(list({place.path: place for _, place, _ in found}.values())) if collect else None
     if as_json:
         output.write_json({"removed": removed, "collected": None if reports is None else _keys(reports)})
         return
@@ -47,9 +48,11 @@ def command(ours: session.Session, targets: tuple[names.Target, ...], collect: b
         output.write(f"freed {units.format_size(sum(one.freed_bytes for one in reports))}")
 
 
-def _collect(places: Iterable[store.Store]) -> list[collection.CollectReport] | None:
+def _collect(places: Sequence[store.Store]) -> list[collection.CollectReport] | None:
     """Delete what is not needed; not now if a checkpoint is being written (the next removal does it)."""
     try:
+        for place in places:
+            inuse.let_go(place)
         return [place.collect() for place in places]
     except errors.StateError as error:
         click.echo(f"blkckpt: removed, but its space is not freed yet: {error}", err=True)

@@ -21,7 +21,7 @@ Data flow
     ``Store.image_writer`` → :mod:`writer` (workers hash, look up, compress; one appender) → :mod:`packs`,
     :mod:`leaves` → image table.  ``Store.put_manifest`` publishes.  ``Store.image`` → :mod:`images` reads: directory →
     leaf → chunk, one ranged read each, O(1) whatever the size.  :mod:`collect` deletes, :mod:`check` verifies,
-    :mod:`ingest` (a process of its own) copies frozen disks in.
+    :mod:`usage` accounts, :mod:`ingest` (a process of its own) copies frozen disks in.
 
     A **leaf** is the entries of 512 chunks, and is stored as a chunk.  An image that differs from its parent in one
     chunk therefore costs that chunk, one leaf and a directory; two images are compared by their directories, and
