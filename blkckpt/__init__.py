@@ -9,6 +9,7 @@ The chapters are the docstrings of the packages:
 * :mod:`blkckpt.memory` — QEMU's stream, memory images
 * :mod:`blkckpt.agent` — the plan of a checkpoint and its runner (rules A1 to A3)
 * :mod:`blkckpt.restore` — lazy, eager, revert
+* :mod:`blkckpt.exchange` — NBD exports, image files, bundles for another host (rules X1 to X4)
 * :mod:`blkckpt.cli` — the command line
 """
 

@@ -10,9 +10,11 @@ Source: POSIX ``rename``, ``fsync``; Pillai et al., "All File Systems Are Not Cr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from blkckpt import errors
@@ -68,6 +70,32 @@ def _commit(path: Path, data: bytes, mode: int, *, exclusive: bool) -> None:
             temporary.unlink()
         else:
             os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def new_file(path: Path, mode: int = 0o600, *, replace: bool = False) -> Iterator[tuple[int, Path]]:
+    """A large file being written: ``(descriptor, its temporary path)``, in the directory of *path*.
+
+    When the body ends it is synced and gets its name; ``FileExistsError`` if that is taken and not to be *replaced*.
+    When the body fails nothing is left.
+    """
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    try:
+        try:
+            yield descriptor, temporary
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)
+            temporary.unlink()
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

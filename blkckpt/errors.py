@@ -124,3 +124,10 @@ def from_os_error(error: OSError, doing: str) -> BlkckptError:
     if error.errno is not None:
         result.errno = error.errno
     return result
+
+
+def describe(error: BaseException, what: str = "") -> dict[str, object]:
+    """*error* for another process: ``{"type", "message", "errno"}``.  One that is none of ours is put after *what*."""
+    ours = isinstance(error, BlkckptError)
+    message = str(error) if ours else f"{what}{type(error).__name__}: {error}"
+    return {"type": type(error).__name__, "message": message, "errno": getattr(error, "errno", None) if ours else None}

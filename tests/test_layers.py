@@ -16,9 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "blkckpt"
 
 RANKS: tuple[frozenset[str], ...] = (
-    frozenset({"errors"}),
-    frozenset({"units", "log", "durable"}),
-    frozenset({"paths", "disk.barrier", "disk.api", "disk.blocks", "memory.records", "vm.qemuopts", "agent.drain"}),
+    frozenset({"errors", "lazy"}),
+    frozenset({"units", "log", "durable", "exchange.qemuimg"}),
+    frozenset({
+        "paths", "disk.barrier", "disk.api", "disk.blocks", "memory.records", "vm.qemuopts", "agent.drain",
+    }),
     # Pure: values and bytes, no process, no socket.
     frozenset({
         "disk.blockmap", "disk.format", "control.messages", "control.wire", "store.layout",
@@ -31,33 +33,35 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"view.parser", "view.volumes"}),
     frozenset({"view.walk"}),
     frozenset({"view.extract", "view.heatmap"}),
-    frozenset({"store.backend", "store.codec", "store.index", "store.leaves", "store.lock"}),
+    frozenset({"store.backend", "store.codec", "store.index", "store.leaves", "store.lock", "exchange.bundle"}),
     frozenset({
         "disk.fileio", "disk.epoch", "disk.job", "control.server", "control.client", "control.quitter",
-        "vm.qmp", "vm.guestagent",
-        "store.packs", "store.pins", "store.labels", "memory.image", "memory.generate",
+        "vm.qmp", "vm.guestagent", "vm.dialogue",
+        "store.packs", "store.pins", "store.labels", "store.readahead", "memory.image", "memory.generate",
     }),
     frozenset({
         "disk.maps", "memory.assemble", "agent.rundir", "agent.guard", "agent.turn", "agent.consistency",
-        "agent.machine", "agent.receiver",
+        "agent.machine", "agent.options", "agent.receiver",
     }),
-    frozenset({"disk.layer", "memory.intake", "store.images", "agent.nbdserver"}),
-    frozenset({"store.compare", "store.frozen", "store.marks", "store.writer"}),
+    frozenset({"disk.layer", "agent.rescue", "memory.intake", "store.images", "agent.nbdserver"}),
+    frozenset({
+        "store.compare", "store.frozen", "store.marks", "store.writer", "memory.apart", "exchange.pump",
+    }),
     frozenset({"store.repack"}),
     frozenset({"store.collect"}),
     frozenset({"disk.chain", "store.store"}),
     frozenset({
         "agent.history", "disk.copier", "disk.commit", "disk.fill", "disk.stack", "store.check", "store.ingest",
-        "store.usage", "memory.feed", "view.changes", "view.filediff", "view.report",
+        "memory.feed", "store.usage", "view.changes", "view.filediff", "view.report",
     }),
-    frozenset({"disk.disk", "disk.statefile", "memory.receive", "agent.forget", "agent.checkpoint"}),
-    frozenset({"disk.member"}),
-    frozenset({"disk.background", "disk.rounds"}),
+    frozenset({"disk.disk", "disk.statefile", "memory.receive", "agent.forget", "agent.checkpoint", "exchange.inuse"}),
+    frozenset({"disk.member", "exchange.exports", "exchange.packing", "exchange.unpacking"}),
+    frozenset({"disk.background", "exchange.server", "disk.rounds"}),
     frozenset({"disk.copying"}),
-    frozenset({"disk.group", "agent.runner", "view.tree"}),
+    frozenset({"disk.group", "agent.runner", "view.tree", "exchange.outward"}),
     frozenset({"control.service", "agent.supervisor", "view.fuse"}),
     frozenset({"control.host", "restore.disks", "restore.ram"}),
-    frozenset({"restore.machine"}),
+    frozenset({"restore.machine", "exchange.inward"}),
     frozenset({"restore.revert"}),
     frozenset({"doctor"}),
     frozenset({"cli"}),

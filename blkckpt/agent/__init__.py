@@ -9,7 +9,7 @@
 ``receiver``        our end of the memory receiver, a child process
 ``turn``            whose turn it is at the guest
 ``consistency``     checkpoints of several VMs, all stopped at the same time: where their runners meet
-``guard``           the child that continues a guest whose agent was killed
+``guard``           the child that continues a guest whose agent was killed (with ``rescue``)
 ``supervisor``      runs a VM: nbdkit and QEMU (with ``nbdserver``, ``qemuargs``, ``rundir``)
 ``forget``          removes a VM
 ==================  ======================================================================================
@@ -39,6 +39,8 @@ Crash windows (of the agent, or all of it at once):
   sees its standard input end, and goes; QEMU's pipe breaks and the migration fails; if the guest is stopped the guard
   continues it.  Images without a manifest are garbage in the store.  Old migration settings are not put back; the
   next checkpoint knows ours when it finds them.
+* Agent and guard at once, while memory is saved: QEMU sees its stream broken and leaves the guest write-protected.  The
+  next checkpoint of the VM finds that, and frees it.
 * Between the manifest and the commit: the checkpoint is whole; the disk server goes back to rest by itself, by commit
   or abort, which leave the same disk.
 * After the commit: only the last timings and the removal of older raw images may be missing; the next checkpoint does

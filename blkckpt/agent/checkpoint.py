@@ -17,21 +17,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blkckpt import errors, paths
-from blkckpt.agent import consistency, guard, history, machine, plan, receiver, turn
+from blkckpt.agent import consistency, guard, history, machine, options, plan, receiver, turn
 from blkckpt.control import client, messages
 from blkckpt.disk import barrier
-from blkckpt.store import labels, manifest
+from blkckpt.store import manifest
 from blkckpt.store import store as stores
 from blkckpt.vm import guestagent, qmp
 
@@ -42,9 +40,10 @@ ARM_SECONDS_PER_GIB = 1.0
 """Pre-faulting took 130 to 260 ms per GiB; a machine that swaps is slower."""
 WINDOW_INTERVAL = 0.1
 """Between two looks at the QMP socket while armed; what QEMU writes there ends the wait at once."""
+LOOK_INTERVAL = 0.2
+"""Between two looks at the copy while the memory is being received; the memory's end is noticed at once."""
 LEASE_INTERVAL = 5.0
 REPLY_SECONDS = 30.0
-PIPE_BYTES = 1 << 20
 
 GUESTS = frozenset({
     plan.Action.RESUME_READING, plan.Action.END_MIGRATION, plan.Action.CONTINUE_GUEST,
@@ -57,27 +56,7 @@ STOPPED_NOTE = "the guest was stopped while its memory was saved: QEMU cannot sn
 Progress = Callable[[str, int, int | None], None]
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointOptions:
-    """What the user asked for.
-
-    *pause*: ``barrier``; ``explicit`` (also for guests that cannot be snapshot in the background); ``auto`` (barrier
-    where it works, else explicit).  *keep_memory*: raw memory images of so many of the newest checkpoints are kept
-    for lazy restore.  *rate*: bytes a second of the disk copy.  *qmp*: the QMP socket if it is not the VM's own.
-    *notes*: sentences to keep in the manifest.  *labels*: tags, and whether it is pinned.  *wait*: seconds to wait for
-    a checkpoint that has its turn.
-    """
-
-    name: str | None = None
-    pause: str = "barrier"
-    disks_only: bool = False
-    guest_agent: Path | None = None
-    rate: int | None = None
-    keep_memory: int = 2
-    qmp: Path | None = None
-    notes: tuple[str, ...] = ()
-    wait: float = 0.0
-    labels: labels.Labels = labels.NONE
+CheckpointOptions = options.CheckpointOptions
 
 
 class Checkpoint:
@@ -94,8 +73,11 @@ class Checkpoint:
         held: turn.Turn,
         progress: Progress,
         meeting: consistency.Meeting | None = None,
+        started: receiver.Receiver | None = None,
     ) -> None:
+        """*started* is a memory receiver that waits for its job."""
         self._meeting = meeting
+        self._started = started
         self.vm, self._store, self._options, self.name = vm, store, options, name
         self._control, self._guest, self._turn, self._progress = control, guest, held, progress
         self._timings: dict[str, float] = {}
@@ -192,15 +174,14 @@ class Checkpoint:
             once=background,
         )
         with self._timed("prepare"):
-            # We keep the read end: a receiver that fails must not break QEMU's stream.
-            self._stream, write = os.pipe2(os.O_CLOEXEC)
+            taking = self._started or receiver.Receiver()
+            self._stream = taking.stream  # we keep it: a receiver that fails must not break QEMU's stream
             try:
-                with contextlib.suppress(OSError):  # the limit of unprivileged users; the default works too
-                    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-                self._receiver = receiver.Receiver(job, self._stream)
-                self.guest.hand_stream(write)
+                taking.begin(job)
+                self._receiver = taking
+                self.guest.hand_stream(taking.sink)
             finally:
-                os.close(write)
+                os.close(taking.sink)
 
     @property
     def _memory_directory(self) -> Path:
@@ -372,7 +353,7 @@ class Checkpoint:
         if self._receiver is None or self._received is not None:
             return (0, 0)
         try:
-            self._received = self._receiver.wait(0.05)
+            self._received = self._receiver.wait(LOOK_INTERVAL)
         except errors.BlkckptError as error:
             raise self.guest.failed() or error from error
         if self._received is not None:

@@ -12,6 +12,9 @@ QEMU's monitor and the guest agent talk to one client at a time, so the guard co
 has closed the agent's connection.  A guest is continued only when it is paused, as it was when *we* stopped it; a
 background snapshot that is still running resumes it by itself, so that is waited for first.
 
+What the guest's rescue takes (:mod:`blkckpt.agent.rescue`: asyncio, qemu.qmp) is imported when the agent is gone: every
+checkpoint waits for the guard to stand, and almost none needs more of it.
+
 FD is the read end of the stream's pipe.  Holding it keeps QEMU from seeing a broken stream whichever of us dies, and
 an abandoned stream is read to its end (:mod:`blkckpt.agent.drain` says why).  If the snapshot broke off all the same,
 the write protection it left is taken away (:mod:`blkckpt.vm.writeprotect`).
@@ -20,30 +23,21 @@ the write protection it left is taken away (:mod:`blkckpt.vm.writeprotect`).
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import IO
 
 from blkckpt import errors
-from blkckpt.agent import drain
-from blkckpt.vm import guestagent, qmp, writeprotect
 
 QMP = "qmp"
 GUEST_AGENT = "guest-agent"
 
 READY_TIMEOUT = 20.0
-"""Starting an interpreter and importing qemu.qmp takes 0.3 s on an idle machine."""
-RESCUE_SECONDS = 60.0
-"""Without success, and without a byte of an abandoned stream."""
-INTERVAL = 0.2
-
-PAUSED = ("paused", "postmigrate", "finish-migrate")
-"""Run states in which a checkpoint can leave a guest; any other has a cause of its own."""
-RUNNING_MIGRATION = ("setup", "active", "cancelling", "wait-unplug", "pre-switchover", "device")
+"""Starting an interpreter takes 0.05 s on an idle machine."""
 
 
 class Guard:
@@ -82,42 +76,6 @@ class Guard:
             self._process.stdin.close()
 
 
-def rescue(kind: str, path: str, stream: int | None = None, patience: float = RESCUE_SECONDS) -> bool:
-    """Bring the guest back, until nothing has moved for *patience* seconds; whether it is known to be well."""
-    attempt: Callable[[str], bool] = _continue if kind == QMP else _thaw
-    thrown = None if stream is None else drain.Drain(stream)
-    moved, since = 0, time.monotonic()
-    while time.monotonic() - since < patience:
-        try:
-            if attempt(path):
-                return True
-        except errors.BlkckptError as error:
-            if isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
-                return False  # nobody listens there any more: the guest has ended
-        if thrown is not None and thrown.moved != moved:
-            moved, since = thrown.moved, time.monotonic()
-        time.sleep(INTERVAL)
-    return False
-
-
-def _continue(path: str) -> bool:
-    with qmp.QmpSession(path) as session:
-        migration = session.execute("query-migrate").get("status")
-        if migration in RUNNING_MIGRATION:
-            return False  # it may be about to stop the guest, or to resume it
-        if migration in ("failed", "cancelled"):
-            writeprotect.release(session.peer_pid)
-        if session.execute("query-status")["status"] in PAUSED:
-            session.execute("cont")
-        return True
-
-
-def _thaw(path: str) -> bool:
-    with guestagent.GuestAgent(path) as agent:
-        agent.thaw()
-    return True
-
-
 def main(arguments: Sequence[str], orders: IO[bytes], answers: IO[bytes]) -> int:
     """The guard's process."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
@@ -127,6 +85,7 @@ def main(arguments: Sequence[str], orders: IO[bytes], answers: IO[bytes]) -> int
         answers.write(b"ready\n")
     if orders.readline() == b"released\n":
         return 0
+    rescue: Callable[[str, str, int | None], bool] = importlib.import_module("blkckpt.agent.rescue").rescue
     return 0 if rescue(kind, path, int(rest[0]) if rest else None) else 1
 
 

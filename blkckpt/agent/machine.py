@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blkckpt import errors
+from blkckpt import errors, log
 from blkckpt.agent import drain
 from blkckpt.store import manifest
 from blkckpt.vm import barrier, commandline, qmp, writeprotect
+
+_logger = log.get(__name__)
 
 BACKGROUND = "background-snapshot"
 STREAM = "blkckpt-stream"
@@ -75,7 +77,12 @@ class Machine:
     # --- before ---
 
     def check(self) -> None:
-        """Refuse a guest that does not run, that is being migrated, or that cannot be."""
+        """Refuse a guest that does not run, that is being migrated, or that cannot be.
+
+        A guest whose memory a snapshot left write-protected, when its agent and its guard were killed together, is
+        freed first.
+        """
+        self._free()
         status = str(self.session.execute("query-status").get("status"))
         if status != "running":
             advice = _ADVICE.get(status, "continue it (`cont`)")
@@ -88,6 +95,13 @@ class Machine:
             raise errors.StateError("QEMU is migrating or saving this guest already; wait for that or cancel it")
         if reasons := migration.get("blocked-reasons"):
             raise errors.HypervisorError(f"QEMU cannot save this guest: {'; '.join(map(str, reasons))[:300]}")
+
+    def _free(self) -> None:
+        """(Only after a failure: to look means to walk all of QEMU's memory map.)"""
+        if self.session.execute("query-migrate").get("status") not in ("failed", "cancelled"):
+            return
+        if freed := writeprotect.release(self.session.peer_pid):
+            _logger.warning("the guest was left write-protected, and is freed", extra={"fields": {"ranges": freed}})
 
     def background_refusal(self) -> qmp.RefusedError | None:
         """Why QEMU cannot snapshot this guest in the background; None if it can."""

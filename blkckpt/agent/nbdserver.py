@@ -12,10 +12,16 @@ What nbdkit gets from us, and why:
 * ``--threads=1`` before 1.33.10: a parallel server aborts there when a client vanishes with two or more requests
   queued, taking every disk with it.
 * Its own process group: Ctrl-C is for the supervisor, which stops things in order.
+
+It can be started *early* (:meth:`NbdServer.early`), before its VM exists: it loads its interpreter, the plugin and
+what reads a store, which takes longer than making the VM, and waits on descriptor 5 (``start_fd=5``).  Its two
+sockets have no name yet.  :meth:`NbdServer.start` sends it the log, which is the word to open the disks; the end of
+the connection without one ends it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import json
@@ -28,14 +34,18 @@ import socket
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any
 
 import blkckpt
-from blkckpt import errors, log, paths
-from blkckpt.control import client, messages, wire
+from blkckpt import durable, errors, lazy, log, paths
+
+if TYPE_CHECKING:
+    from blkckpt.control import client, messages, wire
+else:  # needed when nbdkit has been started and loads
+    client, messages, wire = (lazy.Module(f"blkckpt.control.{name}") for name in ("client", "messages", "wire"))
 
 CLEAN_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 UNWANTED = frozenset({"VIRTUAL_ENV", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "PYENV_VERSION"})
@@ -50,6 +60,7 @@ KILL_SECONDS = 10.0
 MAX_LOG = 16 << 20
 """A log is begun anew when it is larger than this at a start."""
 _TAIL = 64 << 10
+_NOTE = "nbdkit.json"
 
 logger = log.get(__name__)
 
@@ -62,6 +73,11 @@ class Program:
     version: tuple[int, ...]
     python: tuple[int, ...]
 
+    @classmethod
+    def decode(cls, body: Any) -> Program:
+        """What :meth:`encode` gave, as JSON gives it back."""
+        return cls(str(body["path"]), tuple(map(int, body["version"])), tuple(map(int, body["python"])))
+
     @property
     def options(self) -> list[str]:
         """Options that depend on the version."""
@@ -69,18 +85,45 @@ class Program:
 
 
 @functools.cache
-def probe() -> Program:
-    """Find nbdkit and ask its Python plugin.  Raises :class:`errors.MissingError` saying what to install."""
+def probe(notes: Path | None = None) -> Program:
+    """Find nbdkit and ask its Python plugin.  Raises :class:`errors.MissingError` saying what to install.
+
+    Asking starts an interpreter (0.05 s).  The answer is remembered in the private directory *notes*, and holds as
+    long as nbdkit and its plugin are the same files.
+    """
     path = shutil.which("nbdkit", path=CLEAN_PATH)
     if path is None:
         raise errors.MissingError("nbdkit is not installed; apt install nbdkit nbdkit-plugin-python")
+    if notes and (known := _recall(notes / _NOTE, path)):
+        return known
     asked = subprocess.run(
         [path, "python", "--dump-plugin"], env=clean_environment(), capture_output=True, text=True, timeout=30
     )
     said = dict(line.split("=", 1) for line in asked.stdout.splitlines() if "=" in line)
     if asked.returncode or "python_version" not in said:
         raise errors.MissingError("nbdkit has no Python plugin; apt install nbdkit-plugin-python")
-    return Program(path, _numbers(said["version"]), _numbers(said["python_version"]))
+    program = Program(path, _numbers(said["version"]), _numbers(said["python_version"]))
+    if notes:
+        files = {name: _identity(name) for name in (path, said.get("path", path))}
+        durable.write_file(notes / _NOTE, json.dumps({**asdict(program), "files": files}).encode())
+    return program
+
+
+def _recall(note: Path, path: str) -> Program | None:
+    """What was found out about the nbdkit at *path*, if that is still true."""
+    try:
+        body = json.loads(durable.read_small(note, "note about nbdkit", 1 << 16))
+        files = body["files"]
+        same = path in files and all(_identity(name) == list(identity) for name, identity in files.items())
+        return Program.decode(body) if same else None
+    except (errors.BlkckptError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _identity(path: str) -> list[int]:
+    """Another file, or another version of it, has another one."""
+    found = os.stat(path)  # noqa: PTH116
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -103,13 +146,13 @@ def clean_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**kept, "PATH": CLEAN_PATH, **(more or {})}
 
 
-def plugin_path() -> Path:
-    """Our plugin: inside an installed package, else beside the package in a checkout."""
+def plugin_path(name: str = "nbdkit_blkckpt.py") -> Path:
+    """Our plugin *name*: inside an installed package, else beside the package in a checkout."""
     package = Path(blkckpt.__file__).parent
-    for candidate in (package / "_plugins/nbdkit_blkckpt.py", package.parent / "plugins/nbdkit_blkckpt.py"):
+    for candidate in (package / "_plugins" / name, package.parent / "plugins" / name):
         if candidate.is_file():
             return candidate
-    raise errors.MissingError(f"nbdkit_blkckpt.py is missing beside {package}; install blkckpt again")
+    raise errors.MissingError(f"{name} is missing beside {package}; install blkckpt again")
 
 
 class NbdServer:
@@ -121,6 +164,8 @@ class NbdServer:
         self.vm = vm
         self._nbd, self._control = nbd, control
         self._plugin = plugin or plugin_path()
+        self._gate: socket.socket | None = None
+        self._early_words = -1
         self._log_start = 0
         self.pid = 0
         self.pidfd = -1
@@ -130,30 +175,61 @@ class NbdServer:
         """Whether a process was started and not yet reaped."""
         return self.pidfd >= 0
 
-    def start(self) -> None:
-        """Start nbdkit; returns at once.  See :meth:`wait_ready`."""
-        program = probe()
-        check_interpreter(program)
-        argv = ["/bin/sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *self._command(program)]
-        with open_log(self.vm, "nbdkit.log") as output, open(os.devnull, "rb") as null:
-            sources = [null.fileno(), output.fileno(), output.fileno(), self._nbd.fileno(), self._control.fileno()]
-            descriptors = [_high(source) for source in sources]
-            self._log_start = output.tell()
+    @classmethod
+    def early(cls, vm: paths.VmPaths) -> NbdServer:
+        """Start nbdkit for a *vm* that need not exist yet; :meth:`start` lets it go on, :meth:`discard` ends it."""
+        ours, theirs = socket.socketpair()
+        nbd, control = (socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(2))
+        server = cls(vm, nbd, control)
+        server._gate, server._early_words = ours, os.memfd_create("nbdkit-early")
         try:
-            self.pid = os.posix_spawn(
-                argv[0],
-                argv,
-                clean_environment({"LISTEN_FDS": "1"}),
-                file_actions=[(os.POSIX_SPAWN_DUP2, source, target) for target, source in enumerate(descriptors)],
-                setpgroup=0,
-                setsigmask=[],
-                setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
-            )
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
-        self.pidfd = os.pidfd_open(self.pid)
+            with theirs:
+                server._spawn(server._early_words, [theirs.fileno()])
+        except BaseException:
+            server.discard()
+            raise
+        return server
+
+    @property
+    def sockets(self) -> tuple[socket.socket, socket.socket]:
+        """The NBD and the control socket."""
+        return self._nbd, self._control
+
+    def start(self) -> None:
+        """Start nbdkit, or let an early one go on; returns at once.  See :meth:`wait_ready`."""
+        with open_log(self.vm, "nbdkit.log") as output:
+            self._log_start = output.tell()
+            if self._gate is None:
+                self._spawn(output.fileno())
+            else:
+                with self._gate as gate, contextlib.suppress(OSError):  # it has ended: wait_ready says why
+                    socket.send_fds(gate, [b"\n"], [output.fileno()])
+                self._gate = None
         logger.info("nbdkit started", extra={"fields": {"vm": self.vm.name, "pid": self.pid}})
+
+    def discard(self) -> None:
+        """End an early nbdkit that is not needed; no effect after :meth:`start`."""
+        if self._gate is None:
+            return
+        if self.running:
+            self._kill()
+            self.reap()
+        self._gate.close()
+        self._gate = None
+        for mine in self.sockets:
+            mine.close()
+
+    def _spawn(self, output: int, more: Sequence[int] = ()) -> None:
+        notes = paths.private_directory(self.vm.run.parent.parent)  # the same for every home
+        program = probe(notes)
+        check_interpreter(program)
+        command = self._command(program)
+        if more:
+            command.append("start_fd=5")
+        with open(os.devnull, "rb") as null:
+            sources = [null.fileno(), output, output, self._nbd.fileno(), self._control.fileno(), *more]
+            self.pid = spawn(command, sources)
+        self.pidfd = os.pidfd_open(self.pid)
 
     def _command(self, program: Program) -> list[str]:
         return [
@@ -187,14 +263,10 @@ class NbdServer:
     def failure(self) -> errors.BlkckptError:
         """Why nbdkit ended: what the plugin logged as fatal, else nbdkit's last words."""
         path = self.vm.log / "nbdkit.log"
-        with path.open("rb") as file:
-            file.seek(max(self._log_start, file.seek(0, os.SEEK_END) - _TAIL))
-            lines = file.read().decode(errors="replace").splitlines()
-        for line in reversed(lines):
-            if told := _fatal(line):
-                return told
-        last = next((line for line in reversed(lines) if "error" in line), lines[-1] if lines else "it said nothing")
-        return errors.BlkckptError(f"the disk server of VM {self.vm.name} ended: {last[:300]} (see {path})")
+        said = last_words(path, self._log_start)
+        if not said and self._early_words >= 0:
+            said = os.pread(self._early_words, _TAIL, 0)
+        return failure(said, path, f"the disk server of VM {self.vm.name}")
 
     def reap(self) -> int:
         """Collect an ended nbdkit; returns its wait status."""
@@ -205,6 +277,7 @@ class NbdServer:
 
     def stop(self, deadline: float = STOP_SECONDS) -> None:
         """End nbdkit: asked on the control socket, then SIGTERM, then SIGKILL."""
+        self.discard()
         if not self.running:
             return
         for ask, seconds in ((self._ask, deadline), (self._terminate, KILL_SECONDS), (self._kill, KILL_SECONDS)):
@@ -229,9 +302,52 @@ class NbdServer:
         signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
 
+def last_words(path: Path, start: int) -> bytes:
+    """The end of the log *path*, from byte *start* on at most."""
+    with path.open("rb") as file:
+        file.seek(max(start, file.seek(0, os.SEEK_END) - _TAIL))
+        return file.read()
+
+
+def failure(said: bytes, path: Path, what: str) -> errors.BlkckptError:
+    """Why *what* ended, by what it *said*, which is in the log *path*."""
+    lines = said.decode(errors="replace").splitlines()
+    for line in reversed(lines):
+        if told := _fatal(line):
+            return told
+    last = next((line for line in reversed(lines) if "error" in line), lines[-1] if lines else "it said nothing")
+    return errors.BlkckptError(f"{what} ended: {last[:300]} (see {path})")
+
+
+def spawn(command: Sequence[str], descriptors: Sequence[int], *, session: bool = False) -> int:
+    """Start nbdkit with *descriptors* as its 0, 1, 2 …, of which 3 is the listening NBD socket; returns its pid.
+
+    In a process group of its own, or in a *session* of its own to outlive this terminal.
+    """
+    argv = ["/bin/sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *command]
+    raised = [_high(descriptor) for descriptor in descriptors]
+    try:
+        return os.posix_spawn(
+            argv[0],
+            argv,
+            clean_environment({"LISTEN_FDS": "1"}),
+            file_actions=[(os.POSIX_SPAWN_DUP2, source, target) for target, source in enumerate(raised)],
+            setsigmask=[],
+            setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
+            **({"setsid": True} if session else {"setpgroup": 0}),
+        )
+    finally:
+        for descriptor in raised:
+            os.close(descriptor)
+
+
 def open_log(vm: paths.VmPaths, name: str) -> IO[bytes]:
     """*vm*'s log *name*, 0600, for appending; begun anew when it has grown past ``MAX_LOG``."""
-    path = paths.private_directory(vm.log) / name
+    return append_to(paths.private_directory(vm.log) / name)
+
+
+def append_to(path: Path) -> IO[bytes]:
+    """The log *path*, 0600, for appending; begun anew when it has grown past ``MAX_LOG``."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
@@ -264,5 +380,5 @@ def _fatal(line: str) -> errors.BlkckptError | None:
 
 
 def _high(descriptor: int) -> int:
-    """A duplicate above those that the child gives a meaning to (0 to 4)."""
+    """A duplicate above those that the child gives a meaning to (0 to 5)."""
     return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)

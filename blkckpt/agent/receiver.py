@@ -1,13 +1,15 @@
 """The agent's end of the memory receiver (:mod:`blkckpt.memory.receive`, where the protocol is described).
 
-The child gets the read end of the stream's pipe and its job; a thread takes its answers.  It lives in a session of
-its own, so that a Ctrl-C on the terminal is the agent's to handle; the end of its standard input ends it.
+The child gets the read end of the stream's pipe, and then its job; a thread takes its answers.  It lives in a session
+of its own, so that a Ctrl-C on the terminal is the agent's to handle; the end of its standard input ends it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -23,6 +25,7 @@ from blkckpt.store import manifest
 STOP_SECONDS = 30.0
 """It gives its threads 20 s to end."""
 MAX_LINE = 4 << 20
+PIPE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,30 +83,57 @@ class Received:
 
 
 class Receiver:
-    """The running child."""
+    """The child.
 
-    def __init__(self, job: Job, descriptor: int) -> None:
-        """Start it with a duplicate of *descriptor*, the stream's read end; the caller closes its own."""
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "blkckpt.memory.receive"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[descriptor],
-            start_new_session=True,
-        )
+    It is started without its job, for which it waits: its imports take as long as the agent's, and run beside them if
+    it is started early.  ``stream`` is the read end of its pipe, ``sink`` the end that QEMU gets; both are the caller's
+    from :meth:`begin` on.
+    """
+
+    def __init__(self) -> None:
+        self.stream, self.sink = os.pipe2(os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # the limit of unprivileged users; the default works too
+            fcntl.fcntl(self.sink, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "blkckpt.memory.receive"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[self.stream],
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(self.stream)
+            os.close(self.sink)
+            raise
+        self._begun = False
         self._ended = threading.Event()
         self._received: Received | None = None
         self._error: errors.BlkckptError | None = None
         self.progress = (0, 0)
         self._thread = threading.Thread(target=self._listen, name="memory receiver", daemon=True)
+
+    def begin(self, job: Job) -> None:
+        """Give it its job, once."""
+        self._begun = True
         self._thread.start()
         try:
             assert self._process.stdin is not None
-            self._process.stdin.write(job.encode(descriptor))
+            self._process.stdin.write(job.encode(self.stream))
             self._process.stdin.flush()
         except BaseException:
             self.stop()
             raise
+
+    def discard(self) -> None:
+        """End a child that got no job, and the pipe with it; nothing for one that did."""
+        if self._begun:
+            return
+        self._begun = True
+        self._process.kill()  # it has nothing
+        self._process.communicate()
+        os.close(self.stream)
+        os.close(self.sink)
 
     def wait(self, timeout: float) -> Received | None:
         """What was received, None when it is still at work after *timeout* seconds; raises what it failed with."""

@@ -23,10 +23,14 @@ import socket
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from blkckpt import durable, errors, paths
-from blkckpt.control import client
+from blkckpt import durable, errors, lazy, paths
+
+if TYPE_CHECKING:
+    from blkckpt.control import client
+else:
+    client = lazy.Module("blkckpt.control.client")
 
 VERSION = 1
 BACKLOG = 64
@@ -82,19 +86,50 @@ def record_path(vm: paths.VmPaths) -> Path:
 
 def find(vm: paths.VmPaths) -> Running | None:
     """Who runs *vm* now; None when nobody does."""
+    return read(vm) if is_locked(lock_path(vm)) else None
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock file *path*; asks without taking it."""
     try:
-        descriptor = os.open(lock_path(vm), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
-        return None
+        return False
     except OSError as error:
-        raise errors.from_os_error(error, f"opening {lock_path(vm)}") from error
+        raise errors.from_os_error(error, f"opening {path}") from error
     try:
         answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _whole_file(fcntl.F_WRLCK))
     finally:
         os.close(descriptor)
-    if struct.unpack(_FLOCK, answer)[0] == fcntl.F_UNLCK:
-        return None
-    return read(vm)
+    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+
+
+def take_lock(path: Path, taken: str) -> int:
+    """Lock the file *path*, made if need be; the lock lives as long as the descriptor or a copy of it, in any process.
+
+    Raises :class:`errors.StateError` saying *taken* when somebody holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _whole_file(fcntl.F_WRLCK))
+    except (BlockingIOError, PermissionError) as error:
+        os.close(descriptor)
+        raise errors.StateError(taken) from error
+    return descriptor
+
+
+def bind(path: Path, unnamed: socket.socket | None = None) -> socket.socket:
+    """A listening socket at *path*, 0600, in place of whatever was there: *unnamed*, or a new one."""
+    listener = unnamed or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        path.unlink(missing_ok=True)
+        listener.bind(os.fspath(path))
+        path.chmod(0o600)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise errors.from_os_error(error, f"listening on {path}") from error
+    return listener
 
 
 def read(vm: paths.VmPaths) -> Running | None:
@@ -135,25 +170,15 @@ class RunDirectory:
             client.check_path(path)
         for directory in (vm.run.parent, vm.run):
             paths.private_directory(directory)
-        self._lock = os.open(lock_path(vm), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.fcntl(self._lock, fcntl.F_OFD_SETLK, _whole_file(fcntl.F_WRLCK))
-        except (BlockingIOError, PermissionError) as error:
-            os.close(self._lock)
-            raise errors.StateError(f"VM {vm.name} is running already; `blkckpt status {vm.name}` shows it") from error
+        busy = f"VM {vm.name} is running already; `blkckpt status {vm.name}` shows it"
+        self._lock = take_lock(lock_path(vm), busy)
 
-    def listen(self, path: Path) -> socket.socket:
-        """A listening socket at *path*, 0600, in place of whatever a killed supervisor left there."""
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            path.unlink(missing_ok=True)
-            listener.bind(os.fspath(path))
-            path.chmod(0o600)
-            listener.listen(BACKLOG)
-        except OSError as error:
-            listener.close()
-            raise errors.from_os_error(error, f"listening on {path}") from error
-        return listener
+    def listen(self, path: Path, unnamed: socket.socket | None = None) -> socket.socket:
+        """A listening socket at *path*, 0600, in place of whatever a killed supervisor left there.
+
+        It is *unnamed*, if that is given, else a new one.
+        """
+        return bind(path, unnamed)
 
     def record(self, running: Running) -> None:
         """Write ``supervisor.json``."""

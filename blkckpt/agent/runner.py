@@ -15,18 +15,15 @@ import signal
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
 from blkckpt import errors, log, paths, units
-from blkckpt.agent import checkpoint, consistency, machine, plan, turn
+from blkckpt.agent import checkpoint, consistency, machine, plan, receiver, rundir, turn
+from blkckpt.agent import options as asked
 from blkckpt.control import client
 from blkckpt.store import manifest
 from blkckpt.store import store as stores
-from blkckpt.vm import definition, qmp
-
-BARRIER = "barrier"
-EXPLICIT = "explicit"
-AUTO = "auto"
-PAUSES = (BARRIER, EXPLICIT, AUTO)
+from blkckpt.vm import definition, qmp, writeprotect
 
 CheckpointOptions = checkpoint.CheckpointOptions
 
@@ -44,15 +41,17 @@ def take(
     options: checkpoint.CheckpointOptions,
     progress: checkpoint.Progress = _ignore,
     meeting: consistency.Meeting | None = None,
+    started: receiver.Receiver | None = None,
 ) -> manifest.Manifest:
     """Take a checkpoint of the running *vm* into *store*; returns its manifest.
 
-    With a *meeting* it is one of a group's, and waits for the others where they meet.
+    With a *meeting* it is one of a group's, and waits for the others where they meet.  *started* is a memory receiver
+    that was started early; the caller discards it if it was not needed.
     Another checkpoint of the VM may be in its later stages meanwhile (:mod:`turn`).  Raises what failed, after
     everything has been taken back (A3); ``KeyboardInterrupt`` likewise.
     """
-    if options.pause not in PAUSES:
-        raise errors.InputError(f"--pause {options.pause}: one of {', '.join(PAUSES)}")
+    if options.pause not in asked.PAUSES:
+        raise errors.InputError(f"--pause {options.pause}: one of {', '.join(asked.PAUSES)}")
     began = time.monotonic()
     with turn.take(vm, options.wait) as held, store.hold(), contextlib.ExitStack() as stack:
         name = _choose_name(store, vm.name, options.name)
@@ -62,7 +61,7 @@ def take(
         _check_server(control, wanted)
         guest = None
         if not options.disks_only:
-            session = stack.enter_context(qmp.QmpSession(options.qmp or vm.qmp_socket))
+            session = stack.enter_context(_connect(vm, options.qmp))
             guest = machine.Machine(session)
             guest.check()
         mode = _choose_mode(options, guest)
@@ -70,7 +69,7 @@ def take(
             raise errors.InputError(
                 "a checkpoint of a group stops its guests: leave out --disk-only and --pause barrier"
             )
-        work = checkpoint.Checkpoint(vm, store, options, name, control, guest, held, progress, meeting)
+        work = checkpoint.Checkpoint(vm, store, options, name, control, guest, held, progress, meeting, started)
         stack.callback(work.close)
         return _Runner(plan.Plan(mode), work, began, meeting).run()
 
@@ -87,7 +86,7 @@ def take_group(
     if len({vm.name for vm, _, _ in members}) != len(members):
         raise errors.InputError("a VM is named twice")
     name = options.name or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    options = dataclasses.replace(options, name=name, pause=EXPLICIT)
+    options = dataclasses.replace(options, name=name, pause=asked.EXPLICIT)
     meeting = consistency.Meeting([f"{vm.name}@{name}" for vm, _, _ in members])
 
     def told(vm: str) -> checkpoint.Progress:
@@ -102,6 +101,23 @@ def take_group(
         for vm, wanted, store in members
     }
     return consistency.together(takers, meeting)
+
+
+def _connect(vm: paths.VmPaths, path: Path | None) -> qmp.QmpSession:
+    """QEMU's monitor: *path*, or our own.
+
+    It is silent while QEMU waits for a fault that nobody answers, as when agent and guard of a snapshot were killed
+    together; then the guest's memory is freed.  A guard that is still at work has the monitor too, but it throws away
+    what the snapshot saves, so to free the memory harms nothing.
+    """
+    try:
+        return qmp.QmpSession(path or vm.qmp_socket)
+    except errors.DeadlineError:
+        running = None if path else rundir.find(vm)
+        if running is None or running.machine is None or not writeprotect.release(running.machine.pid):
+            raise
+    logger.warning("the guest was left write-protected, and is freed", extra={"fields": {"vm": vm.name}})
+    return qmp.QmpSession(vm.qmp_socket)
 
 
 def _choose_name(store: stores.Store, vm: str, wanted: str | None, under_way: Collection[str] = ()) -> str:
@@ -130,8 +146,8 @@ def _choose_mode(options: checkpoint.CheckpointOptions, guest: machine.Machine |
         return plan.Mode.FROZEN if options.guest_agent else plan.Mode.DISKS
     refusal = guest.background_refusal()
     if refusal is None:
-        return plan.Mode.EXPLICIT if options.pause == EXPLICIT else plan.Mode.BARRIER
-    if options.pause != BARRIER:
+        return plan.Mode.EXPLICIT if options.pause == asked.EXPLICIT else plan.Mode.BARRIER
+    if options.pause != asked.BARRIER:
         return plan.Mode.STOPPED
     kind = errors.MissingError if "kernel" in str(refusal) else errors.HypervisorError
     raise kind(

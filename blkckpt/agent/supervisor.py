@@ -18,10 +18,13 @@ listening socket, which is ours and never closed.  A supervisor that is killed t
 (``--exit-with-parent``), but not QEMU: ``blkckpt serve`` gives such a guest its disks back, and a second
 ``blkckpt run`` is refused as long as it lives, or two guests would write one disk.
 
-Detached, the supervisor is this module run again as a program in a session of its own.  It is told what to do on
-its standard input and answers through a pipe, one JSON object: ready, or the error it gave up with.  It can be
-started before there is anything to run (:class:`Detached`): loading an interpreter and asking nbdkit for its version
-take longer than making a VM.  Without orders it ends.
+Detached, the supervisor is a fork of the command, in a session of its own: loading another interpreter would cost
+0.1 s of processor time while a restored guest waits.  It is told what to do through a pipe, two lines of JSON, and
+answers through another, one JSON object: ready, or the error it gave up with.  It can be started before there is
+anything to run (:class:`Detached`), and be told with the first line which VM it will be: then it starts nbdkit early
+(:mod:`blkckpt.agent.nbdserver`), which takes longer to load than a VM to make.  The second line is the order to run
+it.  Without one it ends, and nbdkit with it.  The fork has one thread and uses nothing that another of the command's
+(a progress bar's) may hold: streams of its own, and locks that the interpreter makes anew.
 
 Nothing here sleeps: the loop waits for the pidfds of its children and for signals.
 """
@@ -37,15 +40,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, TYPE_CHECKING, Any, NoReturn, Self
 
-from blkckpt import errors, log, paths
+from blkckpt import errors, lazy, log, paths
 from blkckpt.agent import nbdserver, qemuargs, rundir
-from blkckpt.control import wire
 from blkckpt.vm import definition
+
+if TYPE_CHECKING:
+    from blkckpt.control import wire
+else:
+    wire = lazy.Module("blkckpt.control.wire")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 BACKOFF = (0.0, 0.2, 1.0, 5.0, 15.0)
@@ -81,14 +89,16 @@ def _ignore(running: rundir.Running) -> None:
 # --- what others call ---
 
 
-def run(vm: paths.VmPaths, machine: Machine | None, ready: Ready = _ignore) -> int:
+def run(
+    vm: paths.VmPaths, machine: Machine | None, ready: Ready = _ignore, server: nbdserver.NbdServer | None = None
+) -> int:
     """Serve *vm*, and run *machine* if given, in this process until it ends or a signal comes.
 
     Returns QEMU's exit status (0 without one).  *ready* is called once everything answers.  Call it from the main
-    thread: signals are handled there, and nbdkit ends with the thread that started it.
+    thread: signals are handled there, and nbdkit ends with the thread that started it.  *server*: an early one.
     """
     wanted = definition.load(vm)
-    with _Signals() as signals, _Supervisor(vm, wanted, signals) as supervisor:
+    with _Signals() as signals, _Supervisor(vm, wanted, signals, server) as supervisor:
         supervisor.bring_up(machine)
         ready(supervisor.running())
         return supervisor.loop()
@@ -109,49 +119,49 @@ class Detached:
 
     def __init__(self) -> None:
         self._ordered = False
+        self._expected: paths.VmPaths | None = None
         receiver, sender = os.pipe2(os.O_CLOEXEC)
+        orders, self._orders = os.pipe2(os.O_CLOEXEC)
         self._answers = os.fdopen(receiver, "rb")
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "blkckpt.agent.supervisor", str(sender)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,
-                pass_fds=[sender],
-            )
-        except BaseException:
-            self._answers.close()
-            raise
-        finally:
-            os.close(sender)
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.close(self._orders)
+            _background(orders, sender)
+        os.close(orders)
+        os.close(sender)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._answers.close()
-        if not self._ordered:  # it may be loading still: leave nothing behind
-            self._process.kill()
-            self._process.wait()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        if self._orders >= 0:
+            os.close(self._orders)
+            self._orders = -1
+            if not self._ordered:  # it ends by itself: leave nothing behind
+                os.waitpid(self._pid, 0)
+
+    def expect(self, vm: paths.VmPaths) -> None:
+        """Say which VM it will be: its disk server is loaded meanwhile.  Nothing of *vm* need exist."""
+        self._expected = vm
+        self._send({"home": str(vm.root.parent.parent), "vm": vm.name})
+
+    def _send(self, line: Mapping[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it has ended: it answers nothing
+            os.write(self._orders, json.dumps(line).encode() + b"\n")
 
     def start(
         self, vm: paths.VmPaths, machine: Machine | None, deadline: float = nbdserver.READY_SECONDS
     ) -> rundir.Running:
         """Let it run *vm*; returns when it is ready, raises what it gave up with.  To be called once."""
-        order = {
-            "home": str(vm.root.parent.parent),
-            "vm": vm.name,
-            "machine": asdict(machine) if machine else None,
-        }
         nbdserver.open_log(vm, "qemu.log").close()
-        assert self._process.stdin is not None
+        if self._expected is None:
+            self.expect(vm)
+        assert self._expected == vm
         self._ordered = True
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as orders:
-            orders.write(json.dumps(order).encode())
+        self._send({"machine": asdict(machine) if machine else None})
         if not nbdserver.wait_for([self._answers.fileno()], deadline + MACHINE_SECONDS):
-            self._process.terminate()
+            os.kill(self._pid, signal.SIGTERM)
             raise errors.DeadlineError(f"VM {vm.name} did not start within {deadline:g} s; it is being stopped")
         return _started(self._answers.read(wire.MAX_MESSAGE), vm)
 
@@ -215,8 +225,15 @@ class _Signals:
 class _Supervisor:
     """One VM's processes.  Entered: the run directory is ours; left: everything is stopped and removed."""
 
-    def __init__(self, vm: paths.VmPaths, wanted: definition.VmDefinition, signals: _Signals) -> None:
-        self._vm, self._wanted, self._signals = vm, wanted, signals
+    def __init__(
+        self,
+        vm: paths.VmPaths,
+        wanted: definition.VmDefinition,
+        signals: _Signals,
+        server: nbdserver.NbdServer | None = None,
+    ) -> None:
+        """*server*: an early one of ours, still to be discarded by the caller if we do not come to start it."""
+        self._vm, self._wanted, self._signals, self._early = vm, wanted, signals, server
         self._machine: subprocess.Popen[bytes] | None = None
         self._machine_fd = -1
         self._failures = 0
@@ -228,10 +245,12 @@ class _Supervisor:
         with contextlib.ExitStack() as stack:
             stack.callback(self._leave_directory)
             self._orphan = self._find_orphan()
+            names = (self._vm.nbd_socket, self._vm.control_socket)
+            unnamed = self._early.sockets if self._early else (None, None)
             self._listeners = [
-                stack.enter_context(self._run.listen(path)) for path in (self._vm.nbd_socket, self._vm.control_socket)
+                stack.enter_context(self._run.listen(path, one)) for path, one in zip(names, unnamed, strict=True)
             ]
-            self._server = nbdserver.NbdServer(self._vm, *self._listeners)
+            self._server = self._early or nbdserver.NbdServer(self._vm, *self._listeners)
             stack.callback(self._server.stop)
             stack.callback(self._stop_machine)
             self._stack = stack.pop_all()
@@ -389,22 +408,53 @@ def _started(answer: bytes, vm: paths.VmPaths) -> rundir.Running:
     return running
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The detached supervisor: orders on standard input, one answer through the descriptor that is its argument."""
-    os.set_inheritable(int(arguments[0]), False)
-    with os.fdopen(int(arguments[0]), "wb") as pipe:
-        with contextlib.suppress(errors.BlkckptError):  # told when there is somebody to tell
-            nbdserver.probe()
-        orders = sys.stdin.buffer.read()
-        if not orders:
+def _background(orders: int, answers: int) -> NoReturn:
+    """The forked child: a session of its own, signals as in a new program, nothing of the parent's on the way out."""
+    code = 1
+    try:
+        os.setsid()
+        for number in (*SIGNALS, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        _close_all_but({2, orders, answers})
+        for standard in (os.open(os.devnull, os.O_RDWR), os.open(os.devnull, os.O_RDWR)):  # 0 and 1
+            os.set_inheritable(standard, True)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+        code = main(orders, answers)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _close_all_but(kept: set[int]) -> None:
+    """What a caller's shell or test has open is not to stay open as long as a VM runs."""
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208  (names are what is wanted)
+        if int(name) not in kept:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(int(name))
+
+
+def main(orders: int, answers: int) -> int:
+    """The detached supervisor: orders from one descriptor, one answer through the other."""
+    with os.fdopen(orders, "rb") as lines, os.fdopen(answers, "wb") as pipe:
+        expected = lines.readline()
+        if not expected:
             return 0
-        order = json.loads(orders)
-        vm = paths.home(order["home"]).vm(order["vm"])
-        _take_output(vm)
-        log.setup(as_json=True)
-        machine = order["machine"]
-        wanted = Machine(tuple(machine["argv"]), machine["complete"], machine["directory"]) if machine else None
-        return _run_and_tell(vm, wanted, pipe)
+        whom = json.loads(expected)
+        vm = paths.home(whom["home"]).vm(whom["vm"])
+        with contextlib.ExitStack() as stack:
+            server = None
+            with contextlib.suppress(errors.BlkckptError, OSError):  # said when there is an order and it fails again
+                server = nbdserver.NbdServer.early(vm)
+                stack.callback(server.discard)
+            order = lines.readline()
+            if not order:
+                return 0
+            machine = json.loads(order)["machine"]
+            _take_output(vm)
+            log.setup(as_json=True)
+            wanted = Machine(tuple(machine["argv"]), machine["complete"], machine["directory"]) if machine else None
+            return _run_and_tell(vm, wanted, pipe, server)
 
 
 def _take_output(vm: paths.VmPaths) -> None:
@@ -414,21 +464,19 @@ def _take_output(vm: paths.VmPaths) -> None:
             os.dup2(ours.fileno(), standard)
 
 
-def _run_and_tell(vm: paths.VmPaths, machine: Machine | None, pipe: IO[bytes]) -> int:
+def _run_and_tell(
+    vm: paths.VmPaths, machine: Machine | None, pipe: IO[bytes], server: nbdserver.NbdServer | None
+) -> int:
     def tell(body: dict[str, Any]) -> None:
         if not pipe.closed:
             with contextlib.suppress(BrokenPipeError), pipe:
                 pipe.write(json.dumps(body).encode())
 
     try:
-        return run(vm, machine, lambda _: tell({"ready": True}))
+        return run(vm, machine, lambda _: tell({"ready": True}), server)
     except Exception as error:
         expected = isinstance(error, errors.BlkckptError)
         logger.error("not run", extra={"fields": {"vm": vm.name, "error": str(error)}}, exc_info=not expected)
         failure = wire.failure_from(error)
         tell({"type": failure.kind, "message": failure.message})
         return wire.OWN_ERRORS - failure.code
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

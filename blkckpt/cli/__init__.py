@@ -8,6 +8,9 @@ A verb reads its arguments, calls the package that does the work, and prints the
 :mod:`.names`      ``VM@CKPT`` and ``[ID=]PATH[:SIZE]``, parsed; looks at no file
 :mod:`.verb`       examples and JSON keys in the help, common arguments, confirmations
 :mod:`.output`     results on standard output: tables, fields, JSON
+:mod:`.live`       a text shown again and again, until Ctrl-C
+:mod:`.complete`   what the shell offers for an argument, by its metavar
+:mod:`.manual`     man pages from the commands themselves
 :mod:`.progress`   bytes, rate, time left on standard error: bars on a terminal, else a line now and then
 =================  ==================================================================================
 

@@ -6,6 +6,7 @@ Verbs are imported when they are used, so that ``blkckpt list`` does not pay for
 from __future__ import annotations
 
 import importlib
+import keyword
 import logging
 import signal
 import traceback
@@ -41,14 +42,22 @@ VERBS = {
     "unpin": "Let a pinned checkpoint go.",
     "restore": "Start a new VM from a checkpoint.",
     "revert": "Take a VM's own disks and state back to a checkpoint.",
+    "nbd": "Export a checkpoint's disks over NBD, read-only.",
+    "export": "Write a checkpoint's disk or memory to a file.",
+    "import": "Make a VM or a checkpoint from image files.",
+    "bundle": "Put checkpoints into one file, for another host.",
+    "unbundle": "Make checkpoints of a bundle.",
     "status": "Show what runs and what is under way.",
     "du": "Show what checkpoints cost.",
     "stats": "Show sizes, deduplication and compression.",
+    "top": "Watch the disks work: requests, throughput, progress.",
     "verify": "Check that checkpoints are whole.",
     "rm": "Remove a checkpoint.",
     "prune": "Remove checkpoints by rules: keep the last, daily, weekly …",
     "gc": "Free the space that nothing needs.",
     "store": "Make or find the checkpoint store.",
+    "completion": "Print a completion script for the shell.",
+    "man": "Show the manual page of a verb.",
     "doctor": "Say what this machine lacks, and what to do.",
 }
 """Every verb and its line in the overview: the module :mod:`blkckpt.cli` has under that name, its ``command``."""
@@ -63,7 +72,8 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        command = importlib.import_module(f"blkckpt.cli.{cmd_name}").command
+        module = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
+        command = importlib.import_module(f"blkckpt.cli.{module}").command
         assert isinstance(command, click.Command)
         return command
 

@@ -78,8 +78,11 @@ def command(
     with contextlib.ExitStack() as stack:
         # first of all: it loads while the disks and the memory of the new VM are being made
         background = stack.enter_context(supervisor.Detached()) if detach and not print_only else None
+        name = new_name and units.check_name(new_name, "VM name")
+        if name and background:
+            background.expect(ours.home.vm(name))
         found = ours.checkpoint(target)
-        name = units.check_name(new_name or f"{target.vm}-{found.manifest.name}"[:64], "VM name")
+        name = name or units.check_name(f"{target.vm}-{found.manifest.name}"[:64], "VM name")
         with ours.reporter() as progress_:
             chosen = with_arguments(found.manifest, extra)
             prepared = _machines().restore(ours.home, found.store, chosen, name, mode=mode, progress=progress_.update)

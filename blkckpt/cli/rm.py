@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -11,6 +11,7 @@ import click
 from blkckpt import errors, units
 from blkckpt.agent import forget
 from blkckpt.cli import names, output, session, verb
+from blkckpt.exchange import inuse
 from blkckpt.store import collect as collection
 from blkckpt.store import store
 
@@ -45,7 +46,7 @@ def command(ours: session.Session, targets: tuple[names.Target, ...], collect: b
     for vm, place, name in found:
         discard(ours, vm, place, name)
     forget.let_go(ours.home)
-    reports = _collect({place.path: place for _, place, _ in found}.values()) if collect else None
+    reports = _collect(list({place.path: place for _, place, _ in found}.values())) if collect else None
     if as_json:
         output.write_json({"removed": removed, "collected": None if reports is None else keys(reports)})
         return
@@ -60,9 +61,11 @@ def discard(ours: session.Session, vm: str, place: store.Store, name: str) -> No
     shutil.rmtree(ours.home.vm(vm).memory / name, ignore_errors=True)
 
 
-def _collect(places: Iterable[store.Store]) -> list[collection.CollectReport] | None:
+def _collect(places: Sequence[store.Store]) -> list[collection.CollectReport] | None:
     """Delete what is not needed; not now if a checkpoint is being written (the next removal does it)."""
     try:
+        for place in places:
+            inuse.let_go(place)
         return [place.collect() for place in places]
     except errors.StateError as error:
         click.echo(f"blkckpt: removed, but its space is not freed yet: {error}", err=True)

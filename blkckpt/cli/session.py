@@ -64,6 +64,10 @@ class Session:
         """The store of VM *name*, made now if there is none yet."""
         return _stores().open_or_init(self.store_path(name))
 
+    def open_or_make(self, path: Path | None) -> store.Store:
+        """The store at *path*, or the home's, made now if there is none yet."""
+        return _stores().open_or_init(self.home.store if path is None else path.absolute())
+
     def stores(self, name: str | None = None) -> list[store.Store]:
         """The stores that are there: of VM *name*, or of all VMs and the home."""
         found = [self.store_path(name)]

@@ -10,37 +10,65 @@ import click
 
 from blkckpt import errors, paths, units
 from blkckpt.agent import rundir
-from blkckpt.cli import output, run, session, verb
+from blkckpt.cli import live, output, run, session, verb
 from blkckpt.control import client
 
 KEYS = (
     "vms: [{vm, state: running|serving|stopped, supervisor, server, machine, console, log, phase: "
     "rest|prepared|armed|switched|committing, checkpoint (the newest under way), "
     "checkpoints (all of them, oldest first: name, stage, copied), job: null or {kind, state, done, total}, warning, "
-    "disks: [{name, path, size, uri, overlay_bytes, filled, changed_bytes, reads, writes, read_bytes, written_bytes, "
-    "flushes, error}]}]; null where a VM that does not run has no answer"
+    "disks: [{name, path, size, uri, overlay_bytes, depth, epoch, in_flight, filled, changed_bytes, reads, writes, "
+    "read_bytes, written_bytes, flushes, error}]}]; null where a VM that does not run has no answer"
 )
+
+
+_SAME = (
+    "name", "path", "size", "filled", "changed_bytes", "reads", "writes", "read_bytes", "written_bytes", "epoch",
+    "in_flight",
+)  # fmt: skip
 
 
 @click.command(
     cls=verb.Verb,
-    examples=("blkckpt status", "blkckpt status web", "blkckpt status web --json | jq '.vms[0].phase'"),
+    examples=(
+        "blkckpt status",
+        "blkckpt status web",
+        "blkckpt status web --watch",
+        "blkckpt status web --json | jq '.vms[0].phase'",
+    ),
     keys=KEYS,
 )
 @click.argument("name", metavar="[VM]", required=False)
+@click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")
+@live.interval_option
 @verb.json_option
 @click.pass_obj
-def command(ours: session.Session, name: str | None, as_json: bool) -> None:
+def command(ours: session.Session, name: str | None, watch: bool, interval: str, as_json: bool) -> None:
     """Show what runs, whether a checkpoint is under way, and how far it is; with a VM, its disks too."""
     if name is not None:
         ours.vm(name)
-    found = [_look(ours.home.vm(one)) for one in ([name] if name else ours.home.vm_names())]
+    if watch:
+        if as_json:
+            raise errors.InputError("--watch is for people; for a program call status --json as often as you like")
+        live.show(lambda: _text(look(ours, name), name), live.seconds(interval))
+        return
+    found = look(ours, name)
     if as_json:
         output.write_json({"vms": found})
-        return
-    output.write(_overview(found))
+    else:
+        output.write(_text(found, name))
+
+
+def look(ours: session.Session, name: str | None) -> list[dict[str, Any]]:
+    """What ``--json`` says of VM *name*, or of all."""
+    return [_look(ours.home.vm(one)) for one in ([name] if name else ours.home.vm_names())]
+
+
+def _text(found: list[dict[str, Any]], name: str | None) -> str:
+    text = _overview(found)
     if name is not None and found[0]["disks"]:
-        output.write(f"\n{_disks(found[0]['disks'])}")
+        text += f"\n\n{_disks(found[0]['disks'])}"
+    return text
 
 
 def _look(vm: paths.VmPaths) -> dict[str, Any]:
@@ -82,11 +110,12 @@ def _group(vm: paths.VmPaths, status: Mapping[str, Any]) -> dict[str, Any]:
 
 def _disk(vm: paths.VmPaths, disk: Mapping[str, Any]) -> dict[str, Any]:
     socket = urllib.parse.quote(str(vm.nbd_socket))
-    same = ("name", "path", "size", "filled", "changed_bytes", "reads", "writes", "read_bytes", "written_bytes")
+    overlays = disk.get("overlays", ())
     return {
-        **{key: disk.get(key) for key in same},
+        **{key: disk.get(key) for key in _SAME},
         "uri": f"nbd+unix:///{disk.get('name')}?socket={socket}",
-        "overlay_bytes": sum(overlay.get("bytes", 0) for overlay in disk.get("overlays", ())),
+        "overlay_bytes": sum(overlay.get("bytes", 0) for overlay in overlays),
+        "depth": 1 + len(overlays),
         "flushes": disk.get("flushes"),
         "error": disk.get("error"),
     }
@@ -99,7 +128,7 @@ def _overview(found: list[dict[str, Any]]) -> str:
             one["state"],
             one["phase"] or "-",
             ", ".join(each["name"] for each in one["checkpoints"]) or "-",
-            _under_way(one),
+            under_way(one),
             one["warning"] or "",
         )
         for one in found
@@ -107,7 +136,7 @@ def _overview(found: list[dict[str, Any]]) -> str:
     return output.table(("VM", "STATE", "DISKS ARE", "CHECKPOINT", "UNDER WAY", "NOTE"), rows)
 
 
-def _under_way(one: Mapping[str, Any]) -> str:
+def under_way(one: Mapping[str, Any]) -> str:
     """The job, else the background fill of a restored VM's disks."""
     job = one["job"]
     if job is not None and job["state"] == "running":

@@ -1,27 +1,34 @@
-"""``blkckpt stop``: stop a VM."""
+"""``blkckpt stop``: stop a VM, or the export of a checkpoint."""
 
 from __future__ import annotations
+
+import importlib
 
 import click
 
 from blkckpt import errors, paths
 from blkckpt.agent import rundir, supervisor
-from blkckpt.cli import output, session, verb
+from blkckpt.cli import names, output, session, verb
 
 
 @click.command(
     cls=verb.Verb,
-    examples=("blkckpt stop web", "blkckpt stop web --json"),
-    keys="vm, stopped (false: it was not running)",
+    examples=("blkckpt stop web", "blkckpt stop web --json", "blkckpt stop web@before-upgrade"),
+    keys="vm, checkpoint (of an export only), stopped (false: it was not running)",
 )
-@verb.vm_argument
+@click.argument("name", metavar="VM[@CKPT]")
 @verb.json_option
 @click.pass_obj
 def command(ours: session.Session, name: str, as_json: bool) -> None:
     """Stop a VM: QEMU ends as if its power was cut, the disks are flushed and closed cleanly.
 
-    Shut the guest down from inside first where its own caches matter. No error when it does not run.
+    Shut the guest down from inside first where its own caches matter. No error when it does not run. With VM@CKPT it
+    ends what `blkckpt nbd VM@CKPT` started.
     """
+    if "@" in name:
+        target = names.parse_target(name)
+        importlib.import_module("blkckpt.cli.nbd").stop(ours, target, as_json)  # numpy and SQLite come with it
+        return
     vm, _ = ours.vm(name)
     stopped = supervisor.stop(vm)
     if not stopped:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from blkckpt import errors
-from blkckpt.cli import names
+from blkckpt.cli import complete, names
 
 DECLINED = 1
 """Exit code when the answer to a confirmation was no."""
@@ -22,6 +22,9 @@ class Verb(click.Command):
         super().__init__(*args, **kwargs)
         self.examples = tuple(examples)
         self.keys = keys
+        for param in self.params:
+            if completer := complete.for_metavar(param.metavar):
+                setattr(param, "shell_complete", completer)  # noqa: B010  (a method by its instance)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if self.keys:

@@ -5,7 +5,8 @@ a disk.  The order is nbdkit's:
 
 ================  ==========================================================================================
 ``config``        parameters (:data:`PARAMETERS`), each once
-``get_ready``     open the group: lock (rule D12), load, recover.  A failure ends nbdkit with its message
+``get_ready``     with ``start_fd``: load what reads a store, wait for the word.  Open the group: lock (rule D12),
+                  load, recover.  A failure ends nbdkit with its message
 ``after_fork``    start the group's background work and the control server: threads die in the fork before it
 connections       :meth:`Host.disk` gives the handle; the disk does the rest
 ``cleanup``       close the control server, then the group: clean stop (rule D13)
@@ -35,6 +36,7 @@ PARAMETERS: Final = {
     "python": "the interpreter that has blkckpt installed, for copy children",
     "site": "its site directory, put first on sys.path by the adapter",
     "control_fd": "the listening control socket, an inherited descriptor",
+    "start_fd": "a socket to wait on before the disks are opened, an inherited descriptor; may be left out",
 }
 
 WIRE_ERRORS: Final = frozenset({
@@ -57,7 +59,7 @@ def wire_error(error: BaseException) -> int:
 def open_image(image: api.ImageRef) -> api.Source:
     """The bottom of a restored disk.  The store is loaded only when there is one: most VMs never need it here."""
     store: Any = importlib.import_module("blkckpt.store.store")
-    source: api.Source = store.Store.open(image.store).image(image.image)
+    source: api.Source = store.Store.open(image.store).image(image.image, ahead=True)
     return source
 
 
@@ -70,7 +72,8 @@ class Host:
                 raise errors.InputError(f"parameter {name}= is missing: {PARAMETERS[name]}; use `blkckpt serve`")
         self._vm = paths.home(parameters["home"]).vm(parameters["vm"])
         self._python = parameters["python"]
-        self._listener = _listening(parameters["control_fd"])
+        self._listener = _inherited(parameters, "control_fd")
+        self._gate = _inherited(parameters, "start_fd") if "start_fd" in parameters else None
         self._quitter = quitter.Quitter(self._vm.nbd_socket, stop)
         self._group: group.DiskGroup | None = None
         self._service: service.Service | None = None
@@ -78,6 +81,8 @@ class Host:
 
     def get_ready(self) -> None:
         """Open the group.  Starts no thread.  What it fails with is logged for the launcher, class and all."""
+        if self._gate:
+            _wait_for_word(self._gate)
         log.setup(as_json=True)
         try:
             unfinished.check(self._vm)
@@ -135,11 +140,26 @@ class Host:
         return self._group
 
 
-def _listening(text: str) -> socket.socket:
-    """The inherited control socket; not handed on to copy children."""
+def _wait_for_word(gate: socket.socket) -> None:
+    """Until the launcher sends the log that we are to write to.  When it lets go instead, nobody needs us."""
     try:
-        inherited = socket.socket(fileno=int(text))
+        gate.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:  # there is time: a VM that is being restored will need it
+        importlib.import_module("blkckpt.store.store")
+    with gate:
+        word, descriptors, _, _ = socket.recv_fds(gate, 1, 1)
+    if not word or not descriptors:
+        os._exit(0)  # there is nobody to tell
+    for standard in (1, 2):
+        os.dup2(descriptors[0], standard)
+    os.close(descriptors[0])
+
+
+def _inherited(parameters: Mapping[str, str], name: str) -> socket.socket:
+    """The inherited socket that parameter *name* gives; not handed on to copy children."""
+    try:
+        inherited = socket.socket(fileno=int(parameters[name]))
     except (ValueError, OSError) as error:
-        raise errors.InputError(f"control_fd={text} is no inherited socket; use `blkckpt serve`") from error
+        raise errors.InputError(f"{name}={parameters[name]} is no inherited socket; use `blkckpt serve`") from error
     inherited.set_inheritable(False)
     return inherited

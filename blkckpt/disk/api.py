@@ -102,6 +102,8 @@ class DiskStatus:
     written_bytes: int
     flushes: int
     copy_ups: int
+    epoch: int  # how often a new view was put in force since the start
+    in_flight: int  # requests inside, of all epochs
     error: str | None  # a failed fsync (D9)
 
 

@@ -60,12 +60,12 @@ class BlockMap:
     # ---- tests ----
 
     def test(self, block: int) -> bool:
-        return bool(self.backed[block >> 15] and self.bits[block >> 3] >> (block & 7) & 1)
+        return (self.backed[block >> 15] and self.bits[block >> 3] >> (block & 7) & 1) == 1
 
     def all_set(self, first: int, end: int) -> bool:
         """Whether every block of the non-empty range is set."""
         if end - first == 1:
-            return bool(self.backed[first >> 15] and self.bits[first >> 3] >> (first & 7) & 1)
+            return (self.backed[first >> 15] and self.bits[first >> 3] >> (first & 7) & 1) == 1
         for low, high in _by_page(first, end):
             if not self.backed[low >> 15]:
                 return False

@@ -100,6 +100,11 @@ def read_below(view: View, index: int, buf: Buffer, offset: int) -> None:
     """Read what layers ``index`` and below hold."""
     layers = view.layers
     first, end = offset >> SHIFT, (offset + len(buf) + MASK) >> SHIFT
+    if end - first == 1:
+        for overlay in layers[index:] if index else layers:
+            if overlay.bits.test(first):
+                return overlay.file.pread_into(buf, offset)
+        return view.floor.pread_into(buf, offset)
     for position in range(index, len(layers)):
         overlay = layers[position]
         bits = overlay.bits
@@ -109,8 +114,8 @@ def read_below(view: View, index: int, buf: Buffer, offset: int) -> None:
             overlay.file.pread_into(buf, offset)
         else:
             _read_mixed(view, position, buf, offset, first, end)
-        return
-    view.floor.pread_into(buf, offset)
+        return None
+    return view.floor.pread_into(buf, offset)
 
 
 def _read_mixed(view: View, index: int, buf: Buffer, offset: int, first: int, end: int) -> None:
@@ -206,6 +211,10 @@ def _write_overlay(view: View, index: int, buf: Buffer, offset: int) -> None:
         view.changed.mark(first, end)
     if bits.all_set(first, end):
         overlay.file.pwrite(buf, offset)
+        return
+    if not (offset | until) & MASK:
+        overlay.file.pwrite(buf, offset)
+        bits.mark(first, end)
         return
     start, parts = offset, [buf]
     if offset & MASK and not bits.test(first):

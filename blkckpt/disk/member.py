@@ -351,6 +351,8 @@ class Member:
             written_bytes=shown.written_bytes,
             flushes=shown.flushes,
             copy_ups=sum(overlay.copy_ups for overlay in view.layers),
+            epoch=self.gate.current.number,
+            in_flight=self.gate.in_flight(),
             error=chain.failure(view),
         )
 

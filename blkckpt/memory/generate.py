@@ -10,14 +10,17 @@ Pieces of about a mebibyte come out, each with memory of its own.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from blkckpt import errors
+from blkckpt import errors, lazy
 from blkckpt.memory import records, skeleton
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+else:
+    np = lazy.Module("numpy")
 
 PIECE = 1 << 20
 """Bytes of RAM turned into records at once: a few hundred pages, well inside the second-level cache and a pipe."""
@@ -68,8 +71,10 @@ def _pieces(
         if block.name in lazy:
             continue
         yield records.part(skel.section)
-        reader = _Contents(skel.small[block.name]) if block.name in skel.small else readers[block.name]
-        yield from _block(block, reader)
+        if block.name in skel.small:
+            yield from _block(block, _Contents(skel.small[block.name]), few_records)
+        else:
+            yield from _block(block, readers[block.name], page_records)
         yield records.word(0, records.EOS) + records.footer(skel.section)
     yield skel.tail
 
@@ -88,7 +93,11 @@ class _Contents:
         return [(offset, length, False)]
 
 
-def _block(block: records.Block, reader: RamReader) -> Iterator[bytes | memoryview]:
+Records = Callable[[int, int, bytes], Iterator[bytes | memoryview]]
+"""How the pages of a piece become records: :func:`page_records` or :func:`few_records`."""
+
+
+def _block(block: records.Block, reader: RamReader, make: Records) -> Iterator[bytes | memoryview]:
     """All records of one block; the first names it."""
     size = block.page_size
     first = reader.read(0, size)
@@ -101,7 +110,7 @@ def _block(block: records.Block, reader: RamReader) -> Iterator[bytes | memoryvi
         if zero:
             yield _zero_records(np.arange(offset, offset + length, size, dtype=np.uint64))
         else:
-            yield from _page_records(size, offset, reader.read(offset, length))
+            yield from make(size, offset, reader.read(offset, length))
 
 
 def _split(extents: Iterable[tuple[int, int, bool]], page: int, size: int) -> Iterator[tuple[int, int, bool]]:
@@ -136,11 +145,9 @@ def _zero_records(addresses: NDArray[np.uint64]) -> memoryview:
     return out.data.cast("B")
 
 
-def _page_records(page: int, offset: int, data: bytes) -> Iterator[memoryview]:
-    """Zero pages of the piece first (the order is free), then the others."""
-    count = len(data) // page
-    if len(data) % page or not count:
-        raise errors.CorruptError(f"a RAM image gave {len(data)} bytes, no whole pages, at {offset:#x}")
+def page_records(page: int, offset: int, data: bytes) -> Iterator[bytes | memoryview]:
+    """The records of the pages in *data*: zero pages first (the order is free), then the others."""
+    count = _count(page, offset, data)
     rows = np.frombuffer(data, np.uint8).reshape(count, page)
     addresses = np.arange(offset, offset + len(data), page, dtype=np.uint64)
     used = np.frombuffer(data, np.uint64).reshape(count, -1).any(axis=1)
@@ -153,3 +160,23 @@ def _page_records(page: int, offset: int, data: bytes) -> Iterator[memoryview]:
         out[:, :8] = words.view(np.uint8).reshape(-1, 8)
         out[:, 8:] = rows
         yield out.data.cast("B")
+
+
+def few_records(page: int, offset: int, data: bytes) -> Iterator[bytes | memoryview]:
+    """:func:`page_records` page by page: for the small blocks, which are not worth loading numpy."""
+    zeros: list[bytes] = []
+    others: list[bytes] = []
+    for number in range(_count(page, offset, data)):
+        content, address = data[number * page : (number + 1) * page], offset + number * page
+        if content.count(0) == page:
+            zeros.append(records.word(address, records.ZERO | records.SAME) + b"\0")
+        else:
+            others += (records.word(address, records.PAGE | records.SAME), content)
+    yield b"".join([*zeros, *others])
+
+
+def _count(page: int, offset: int, data: bytes) -> int:
+    count = len(data) // page
+    if len(data) % page or not count:
+        raise errors.CorruptError(f"a RAM image gave {len(data)} bytes, no whole pages, at {offset:#x}")
+    return count

@@ -70,16 +70,23 @@ class RawWriter:
 
     def __init__(self, directory: Path, size: int) -> None:
         self.size = size
-        self._temporary: Path | None = None
+        self.temporary: Path | None = None
         try:
-            self._descriptor = self._create(directory)
+            self.descriptor = self._create(directory)
         except OSError as error:
             raise errors.from_os_error(error, f"creating a memory image in {directory}") from error
         try:
-            os.ftruncate(self._descriptor, size)
+            os.ftruncate(self.descriptor, size)
         except OSError as error:
             self.close()
             raise errors.from_os_error(error, f"creating a memory image of {size} bytes in {directory}") from error
+
+    @classmethod
+    def adopt(cls, descriptor: int, size: int, temporary: Path | None) -> Self:
+        """The image that another process is writing, by its *descriptor*, which becomes ours."""
+        self = cls.__new__(cls)
+        self.size, self.temporary, self.descriptor = size, temporary, descriptor
+        return self
 
     def _create(self, directory: Path) -> int:
         try:
@@ -87,13 +94,13 @@ class RawWriter:
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                 raise
-        self._temporary = directory / f".tmp-{secrets.token_hex(8)}"
-        return os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, _MODE)
+        self.temporary = directory / f".tmp-{secrets.token_hex(8)}"
+        return os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, _MODE)
 
     def writev(self, offset: int, pieces: Sequence[memoryview | bytes], length: int) -> None:
         """Write *pieces* (``IOV_MAX`` of them at most, *length* bytes together) one after the other at *offset*."""
         try:
-            done = os.pwritev(self._descriptor, pieces, offset)
+            done = os.pwritev(self.descriptor, pieces, offset)
             if done != length:
                 self._write_rest(offset + done, b"".join(pieces)[done:])
         except OSError as error:
@@ -101,7 +108,7 @@ class RawWriter:
 
     def _write_rest(self, offset: int, data: bytes) -> None:
         while data:
-            done = os.pwrite(self._descriptor, data, offset)
+            done = os.pwrite(self.descriptor, data, offset)
             data, offset = data[done:], offset + done
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
@@ -109,7 +116,7 @@ class RawWriter:
 
     def read(self, offset: int, length: int) -> bytes:
         """What is there now; zeros where nothing was written."""
-        data = os.pread(self._descriptor, length, offset)
+        data = os.pread(self.descriptor, length, offset)
         if len(data) != length:
             raise errors.CorruptError(f"the memory image ended at {offset + len(data)}; somebody truncated it")
         return data
@@ -121,7 +128,7 @@ class RawWriter:
         """
         try:
             return memoryview(
-                mmap.mmap(self._descriptor, length, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ, offset=offset)
+                mmap.mmap(self.descriptor, length, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ, offset=offset)
             )
         except OSError as error:
             raise errors.from_os_error(error, "mapping the memory image") from error
@@ -137,24 +144,24 @@ class RawWriter:
             raise errors.from_os_error(error, f"naming the memory image {path}") from error
 
     def _link(self, path: Path) -> None:
-        if self._temporary is not None:
-            os.link(self._temporary, path)
+        if self.temporary is not None:
+            os.link(self.temporary, path)
             return
         directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:  # with a directory descriptor it is linkat(2), which follows the link; link(2) would not
-            name = f"/proc/self/fd/{self._descriptor}"
+            name = f"/proc/self/fd/{self.descriptor}"
             os.link(name, path.name, dst_dir_fd=directory, follow_symlinks=True)
         finally:
             os.close(directory)
 
     def close(self) -> None:
         """Let go; an image that was not published is gone."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-        if self._temporary is not None:
-            self._temporary.unlink(missing_ok=True)
-            self._temporary = None
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+        if self.temporary is not None:
+            self.temporary.unlink(missing_ok=True)
+            self.temporary = None
 
     def __enter__(self) -> Self:
         return self

@@ -20,13 +20,16 @@ of ::
 ``blocks`` are the main blocks; the small ones are in the skeleton.  ``new`` is what the store grew by.  The exit status
 is 0 or 1.
 
-Three threads::
+A process of its own takes the stream in (:mod:`blkckpt.memory.apart`): pipe → buffer → parser → assembler → raw image
+(page cache).  Here are three threads::
 
     main      watches standard input and signals, prints
-    receiver  blkckpt.memory.intake: pipe → buffer → parser → assembler → raw image (page cache)
+    listener  what the intake tells: chunks that are whole, the stream's end
     feeder    blkckpt.memory.feed: complete chunks, from the page cache → the store's writers
 
-The feeder and the store's threads run at a nice value of 5: when the processors are short, the guest comes first.
+The feeder and the store's threads run at a nice value of 5: when the processors are short, the guest comes first, and
+QEMU, whose thread saves it.  What is not stored meanwhile waits in the page cache.  (At 10 a host with other work to do
+starved them: tens of seconds for what takes five.)
 
 Everything that is not finished is gone when the process ends: raw images have no name before they are complete,
 and images in the store that no manifest names are garbage there.
@@ -42,13 +45,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from blkckpt import errors, paths
-from blkckpt.memory import assemble, feed, image, intake, skeleton, stream
+from blkckpt.memory import apart, assemble, feed, image, intake
 from blkckpt.store import store
 
 NICE = 5
@@ -114,34 +117,40 @@ class Work:
         self._begun = time.monotonic()
         paths.private_directory(job.raw_dir)
         self._store = store.Store.open(job.store)
-        self._assembler = assemble.Assembler(job.raw_dir, once=job.once)
-        self._receiver = intake.Receiver(job.stream_fd, self._assembler, self.cancel)
+        self._intake: apart.Intake | None = None
         self._feeder = feed.Feeder(self._store, job.label, job.parents, self.cancel)
-        self._parts: stream.Parts | None = None
+        self._taken: apart.Taken | None = None
         self._threads = [
             threading.Thread(target=self._guard, args=(part,), name=name, daemon=True)
-            for name, part in (("receiver", self._receive), ("feeder", self._feed))
+            for name, part in (("listener", self._listen), ("feeder", self._feed))
         ]
 
-    def start(self) -> None:
+    def start(self, ours: tuple[int, ...] = ()) -> None:
+        """Fork the intake, which does not get the descriptors *ours*; then begin."""
+        self._intake = apart.Intake(self._job.stream_fd, self._job.raw_dir, once=self._job.once, closed=ours)
+        os.close(self._job.stream_fd)  # after an error QEMU's migration fails at once, and the guest runs on
         for thread in self._threads:
             thread.start()
 
     def progress(self) -> dict[str, int]:
-        parser, ram = self._receiver.parser, self._assembler.ram
-        done = (parser.pages + parser.zeros) * ram.page_size if ram else 0
-        return {"done": min(done, self._assembler.total), "total": self._assembler.total}
+        taking = self._intake
+        if taking is None:
+            return {"done": 0, "total": 0}
+        return {"done": min(taking.pages * taking.page_size, taking.total), "total": taking.total}
 
     def stop(self, reason: errors.BlkckptError | None = None) -> bool:
         """End the threads; false if one of them did not end in time."""
         if reason is not None:
             self._fail(reason)
+        assert self._intake is not None
         deadline = time.monotonic() + _GRACE
+        if self.error is not None:
+            self._intake.hang_up()
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         if any(thread.is_alive() for thread in self._threads):
             return False
-        self._assembler.close()
+        self._intake.stop(max(0.0, deadline - time.monotonic()))
         if self.error is not None:
             self._feeder.abort()
         self._store.close()
@@ -162,11 +171,9 @@ class Work:
         self._feeder.close()
         os.eventfd_write(self.done, 1)
 
-    def _receive(self) -> None:
-        try:
-            self._parts = self._receiver.run(self._feeder.add)
-        finally:
-            os.close(self._job.stream_fd)  # after an error QEMU's migration fails at once, and the guest runs on
+    def _listen(self) -> None:
+        assert self._intake is not None
+        self._taken = self._intake.listen(self._feeder.add)
         self._feeder.close()
 
     def _feed(self) -> None:
@@ -181,34 +188,29 @@ class Work:
 
     def _finish(self) -> dict[str, Any]:
         """The stream has ended well: make the images durable, name the raw ones."""
-        parts, ram = self._parts, self._assembler.ram
-        assert parts is not None
-        assert ram is not None
-        file = skeleton.encode(
-            skeleton.Skeleton(
-                ram.section, ram.page_size, ram.blocks, parts.head, parts.live, parts.tail, self._assembler.small()
-            )
-        )
-        images = {block.info.name: self._feeder.finish(block) for block in self._assembler.main}
-        state = self._feeder.put(file, f"{self._job.label}/state")
-        raws = self._publish(images)
+        taken, taking = self._taken, self._intake
+        assert taken is not None
+        assert taking is not None
+        images = {block.info.name: self._feeder.finish(block) for block in taking.main}
+        state = self._feeder.put(taken.skeleton, f"{self._job.label}/state")
+        raws = self._publish(taking.main, images)
         return {
             "blocks": [
                 {"name": b.info.name, "size": b.info.size, "page_size": b.info.page_size,
                  "image": images[b.info.name], "raw": raws.get(b.info.name)}
-                for b in self._assembler.main
+                for b in taking.main
             ],
-            "skeleton": state, "skeleton_size": len(file), "new": self._feeder.new,
-            "stream_bytes": self._receiver.bytes, "pages": parts.pages, "zero_pages": parts.zeros,
-            "seconds": time.monotonic() - self._begun, "stream_seconds": self._receiver.seconds,
+            "skeleton": state, "skeleton_size": len(taken.skeleton), "new": self._feeder.new,
+            "stream_bytes": taken.bytes, "pages": taken.pages, "zero_pages": taken.zeros,
+            "seconds": time.monotonic() - self._begun, "stream_seconds": taken.seconds,
         }  # fmt: skip
 
-    def _publish(self, images: Mapping[str, str]) -> dict[str, str]:
+    def _publish(self, blocks: Sequence[assemble.Block], images: Mapping[str, str]) -> dict[str, str]:
         if not self._job.keep_raw:
             return {}
         names = image.file_names(list(images))
         raws = {}
-        for block in self._assembler.main:
+        for block in blocks:
             path = self._job.raw_dir / names[block.info.name]
             block.raw.publish(path, images[block.info.name])
             raws[block.info.name] = str(path)
@@ -251,7 +253,7 @@ def main(control: BinaryIO, output: BinaryIO) -> int:
     stopped = errors.StateError("memory receiver: stopped by a signal")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: work.cancel.set(stopped))
-    work.start()
+    work.start((control.fileno(), output.fileno()))
     reason: errors.BlkckptError | None = errors.StateError("memory receiver: nobody reads its answers")
     with contextlib.suppress(BrokenPipeError):
         reason = watch(work, control.fileno(), say)
@@ -266,11 +268,7 @@ def main(control: BinaryIO, output: BinaryIO) -> int:
 def _error(error: BaseException) -> dict[str, Any]:
     if isinstance(error, OSError):
         error = errors.from_os_error(error, "memory receiver")
-    number = error.errno if isinstance(error, errors.BlkckptError) else None
-    message = (
-        str(error) if isinstance(error, errors.BlkckptError) else f"memory receiver: {type(error).__name__}: {error}"
-    )
-    return {"error": {"type": type(error).__name__, "message": message, "errno": number}}
+    return {"error": errors.describe(error, "memory receiver: ")}
 
 
 if __name__ == "__main__":

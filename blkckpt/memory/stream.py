@@ -52,7 +52,7 @@ _SAME_ZERO = records.ZERO | records.SAME
 _SHORT = 8
 """Records of a run that are looked at one by one."""
 
-_FIRST_WINDOW = 32
+_FIRST_WINDOW = 128
 _WINDOW = 1 << 14
 """Records looked at in bulk, first and at most: what does not belong to the run has been looked at in vain."""
 

@@ -11,8 +11,8 @@ listed and not served; the next restore under that name clears it.
 from __future__ import annotations
 
 import contextlib
+import secrets
 import shutil
-import uuid
 from collections.abc import Iterator
 
 from blkckpt import errors, paths
@@ -53,7 +53,7 @@ def create(vm: paths.VmPaths, store: stores.Store, checkpoint: manifest.Manifest
         for disk in checkpoint.disks
     ]
     paths.private_directory(vm.root / "disks")
-    vm_id = uuid.uuid4().hex
+    vm_id = secrets.token_hex(16)
     store.pin(vm_id, [disk.image for disk in checkpoint.disks])
     try:
         made = definition.create(vm, described, store=place, vm_id=vm_id)

@@ -27,7 +27,7 @@ from blkckpt.agent import rundir, supervisor
 from blkckpt.restore import disks, ram
 from blkckpt.store import manifest
 from blkckpt.store import store as stores
-from blkckpt.vm import commandline, qmp
+from blkckpt.vm import commandline, dialogue
 
 LAZY = "lazy"
 EAGER = "eager"
@@ -180,15 +180,14 @@ def resume(prepared: Prepared, progress: Progress) -> None:
         return
     with (
         _Feeder(prepared.memory, _names(prepared), progress) as feeder,
-        qmp.QmpSession(prepared.vm.qmp_socket) as session,
+        dialogue.Dialogue(prepared.vm.qmp_socket) as session,
     ):
         session.execute("migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]})
-        session.send_fd(_FD_NAME, feeder.reader)
-        before = session.mark()
+        session.execute("getfd", {"fdname": _FD_NAME}, descriptors=[feeder.reader])
         feeder.start()
         try:
             session.execute("migrate-incoming", {"uri": f"fd:{_FD_NAME}"})
-            _wait_loaded(session, before)
+            _wait_loaded(session)
             session.execute("cont")
         except errors.HypervisorError as error:
             feeder.check()  # if the stream could not be made, that is the reason
@@ -196,13 +195,8 @@ def resume(prepared: Prepared, progress: Progress) -> None:
     ram.remove(prepared.vm)
 
 
-def _wait_loaded(session: qmp.QmpSession, since: int) -> None:
-    ended = session.wait_event(
-        lambda event: event.name == "MIGRATION" and event.data.get("status") in ("completed", "failed"),
-        since=since,
-        timeout=RESUME_SECONDS,
-    )
-    if ended.data["status"] == "failed":
+def _wait_loaded(session: dialogue.Dialogue) -> None:
+    if session.wait_event("MIGRATION", "status", ("completed", "failed"), timeout=RESUME_SECONDS) == "failed":
         raise errors.HypervisorError("QEMU could not load the machine's state")
 
 

@@ -14,12 +14,17 @@ import hashlib
 import importlib
 import importlib.util
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import lz4.block
-import numpy as np
 
-from blkckpt import errors
+from blkckpt import errors, lazy
 from blkckpt.store import layout
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = lazy.Module("numpy")
 
 
 def _sha256(data: bytes | memoryview) -> bytes:

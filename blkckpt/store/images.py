@@ -2,7 +2,7 @@
 
 Opening an image reads its table: a few kilobytes a gigabyte.  Every chunk then costs one entry (of a cached leaf) and
 one ranged read.  An :class:`ImageReader` is immutable but for its caches and may be used from any thread; it is the
-:class:`Source` of a restored disk.
+:class:`Source` of a restored disk, which reads *ahead* (:mod:`blkckpt.store.readahead`) until it is closed.
 
 Repacking gives an image other places under the same id (:mod:`blkckpt.store.repack`) and deletes the packs it was in.
 A reader that finds a pack gone therefore reads the table again and goes on by it; only if the table is still the same
@@ -11,25 +11,28 @@ one, or is gone too, is the pack really missing.
 
 from __future__ import annotations
 
-import contextlib
+import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
+from blkckpt import errors, lazy
+from blkckpt.store import layout, packs, readahead
 
-from blkckpt import errors
-from blkckpt.store import layout, packs
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = lazy.Module("numpy")
 
 _T = TypeVar("_T")
 
 _LEAVES_CACHED = 256
 """28 KiB each, 7 MiB in all: the entries of 8 GiB of image."""
 
-_AHEAD = 256
-"""Chunks fetched ahead of a sequential reader: 16 MiB."""
+_RAW = struct.Struct("<52xI")
+"""The raw length in an entry."""
 
 CACHE = 64 << 20
 """Bytes of chunks an ImageReader keeps."""
@@ -66,26 +69,31 @@ def load_table(store: packs.Packs, image_id: str) -> layout.Table:
 
 
 def read_leaf(store: packs.Packs, table: layout.Table, leaf: int) -> layout.Array:
-    """The checked entries of leaf number *leaf*."""
-    entry = layout.entry_at(table.leaves, leaf)
+    """The checked entries of leaf number *leaf*, an array of ``layout.ENTRY_TYPE``."""
+    return np.frombuffer(packed_leaf(store, table, leaf), layout.ENTRY_TYPE)
+
+
+def packed_leaf(store: packs.Packs, table: layout.Table, leaf: int) -> bytes:
+    """The checked entries of leaf number *leaf* as they are stored."""
+    entry = table.leaf(leaf)
     if not entry.raw:
-        return np.zeros(layout.leaf_entries(table.size, leaf), layout.ENTRY_TYPE)
+        return bytes(layout.leaf_entries(table.size, leaf) * layout.ENTRY.size)
     what = f"image {table.image_id} leaf {leaf}"
-    return layout.decode_leaf(store.read(entry, what), table.size, leaf, f"image {table.image_id}")
+    return layout.check_leaf(store.read(entry, what), table.size, leaf, f"image {table.image_id}")
 
 
 class ImageReader:
     """Reads one image.  Thread-safe.  Every byte returned has had its hash checked (rule S3)."""
 
-    def __init__(self, store: packs.Packs, table: layout.Table, *, cache: int = CACHE) -> None:
+    def __init__(self, store: packs.Packs, table: layout.Table, *, cache: int = CACHE, ahead: bool = False) -> None:
         self.table = table
         self.size = table.size
         self._packs = store
         self._lock = threading.Lock()
-        self._leaves: OrderedDict[int, layout.Array] = OrderedDict()
+        self._leaves: OrderedDict[int, bytes] = OrderedDict()
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
         self._limit = max(cache // layout.CHUNK, 1)
-        self._end, self._hinted = -1, 0
+        self._ahead = readahead.ReadAhead(self._fetch, self._remember, self.chunks) if ahead else None
 
     @property
     def image_id(self) -> str:
@@ -117,7 +125,11 @@ class ImageReader:
         return self._get(range(number, number + 1))[0]
 
     def entries(self, leaf: int) -> layout.Array:
-        """The entries of leaf number *leaf* (``layout.ENTRY_TYPE``); do not modify."""
+        """The entries of leaf number *leaf* (``layout.ENTRY_TYPE``), read-only."""
+        return np.frombuffer(self.leaf(leaf), layout.ENTRY_TYPE)
+
+    def leaf(self, leaf: int) -> bytes:
+        """The packed entries of leaf number *leaf*."""
         with self._lock:
             found = self._leaves.get(leaf)
             if found is not None:
@@ -125,8 +137,8 @@ class ImageReader:
                 return found
         return self._follow(lambda table: self._read_leaf(table, leaf))
 
-    def _read_leaf(self, table: layout.Table, leaf: int) -> layout.Array:
-        entries = read_leaf(self._packs, table, leaf)
+    def _read_leaf(self, table: layout.Table, leaf: int) -> bytes:
+        entries = packed_leaf(self._packs, table, leaf)
         with self._lock:
             if self.table is table:  # else a leaf of old places would stay
                 self._leaves[leaf] = entries
@@ -144,7 +156,7 @@ class ImageReader:
     def _read_leaves(self, table: layout.Table, numbers: Sequence[int]) -> layout.Array:
         size = layout.LEAF * layout.ENTRY.size
         buffer = bytearray(len(numbers) * size)
-        entries = [layout.entry_at(table.leaves, number) for number in numbers]
+        entries = [table.leaf(number) for number in numbers]
         payloads = self._packs.payloads([one for one in entries if one.raw], f"leaves of image {self.image_id}")
         for index, entry in enumerate(entries):
             if entry.raw:
@@ -171,7 +183,7 @@ class ImageReader:
             fresh = load_table(self._packs, before.image_id)
         except errors.NotFoundError:
             raise missing from None
-        if (fresh.leaves == before.leaves).all():
+        if fresh.directory == before.directory:
             raise missing
         with self._lock:
             if self.table is before:
@@ -180,7 +192,7 @@ class ImageReader:
 
     def entry(self, number: int) -> layout.Entry:
         """Where chunk *number* is."""
-        return layout.entry_at(self.entries(number // layout.LEAF), number % layout.LEAF)
+        return layout.unpack_entry(self.leaf(number // layout.LEAF), number % layout.LEAF)
 
     def chunk_hashes(self, first: int, count: int) -> list[bytes]:
         """The hashes of chunks [first, first + count); zero chunks have the hash of 32 zero bytes."""
@@ -201,28 +213,32 @@ class ImageReader:
             yield start, end - start, state
 
     def _changes(self, offset: int, end: int) -> Iterator[tuple[int, bool]]:
-        """Positions at which a run of zero or non-zero chunks begins (two like runs may follow each other)."""
+        """Positions at which zero or non-zero chunks may begin (like ones may follow each other)."""
         span = layout.CHUNK * layout.LEAF
         for leaf in range(offset // span, -(-end // span)):
             base = leaf * span
-            if not self.table.leaves["raw"][leaf]:
+            if not self.table.leaf(leaf).raw:
                 yield max(base, offset), True
                 continue
-            zero = self.entries(leaf)["raw"] == 0
             low = max(offset - base, 0) // layout.CHUNK
             high = -(-(min(end, base + span) - base) // layout.CHUNK)
-            part = zero[low:high]
-            starts = np.concatenate((np.zeros(1, np.int64), np.flatnonzero(np.diff(part)) + 1))
-            for index in starts.tolist():
-                yield max(base + (low + index) * layout.CHUNK, offset), bool(part[index])
+            part = self.leaf(leaf)[low * layout.ENTRY.size : high * layout.ENTRY.size]
+            for number, (raw,) in enumerate(_RAW.iter_unpack(part), low):
+                yield max(base + number * layout.CHUNK, offset), not raw
 
     def _check(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise errors.InputError(f"image {self.image_id}: {length} bytes at {offset} are outside of its {self.size}")
 
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self._ahead:
+            self._ahead.close()
+
     def _get(self, numbers: range) -> list[bytes]:
-        """The chunks *numbers*, from the cache or the packs."""
-        found: dict[int, bytes] = {}
+        """The chunks *numbers*, from the cache, by reading ahead, or from the packs."""
+        ahead = self._ahead
+        found: dict[int, bytes] = ahead.wait(numbers) if ahead else {}
         with self._lock:
             for number in numbers:
                 data = self._chunks.get(number)
@@ -231,15 +247,19 @@ class ImageReader:
                     found[number] = data
         wanted = [number for number in numbers if number not in found]
         if wanted:
-            fresh = self._follow(lambda _: self._fetch(wanted))
+            fresh = self._fetch(wanted)
             found |= fresh
             self._remember(fresh)
+        if ahead:
+            ahead.note(numbers, self._chunks.__contains__)
         return [found[number] for number in numbers]
 
     def _fetch(self, numbers: Sequence[int]) -> dict[int, bytes]:
+        return self._follow(lambda _: self._read_chunks(numbers))
+
+    def _read_chunks(self, numbers: Sequence[int]) -> dict[int, bytes]:
         found: dict[int, bytes] = {}
         wanted: list[tuple[int, layout.Entry]] = []
-        self._read_ahead(numbers[0], numbers[-1] + 1)
         for number in numbers:
             entry = self.entry(number)
             if entry.raw:
@@ -254,20 +274,7 @@ class ImageReader:
             found[number] = self._packs.codec.decode(payload, entry.raw, entry.hash, place)
         return found
 
-    def _read_ahead(self, first: int, end: int) -> None:
-        """When one read follows another, have the disk fetch what comes next.
-
-        An image with a history lies in pieces in many packs; read one after the other, each would be waited for.
-        """
-        follows, self._end = first == self._end, end
-        if not follows or self._hinted >= min(end + _AHEAD // 2, self.chunks):
-            return
-        ahead = range(max(self._hinted, end), min(end + _AHEAD, self.chunks))
-        self._hinted = end + _AHEAD
-        with contextlib.suppress(errors.BlkckptError):  # it shows when it is read
-            self._packs.hint([entry for entry in map(self.entry, ahead) if entry.raw])
-
-    def _remember(self, fresh: dict[int, bytes]) -> None:
+    def _remember(self, fresh: Mapping[int, bytes]) -> None:
         with self._lock:
             for number, data in fresh.items():
                 if data is not layout.ZERO_CHUNK:

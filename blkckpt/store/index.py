@@ -17,17 +17,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sqlite3
 import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from blkckpt import durable, log
+from blkckpt import durable, lazy, log
 from blkckpt.store import layout
+
+if TYPE_CHECKING:
+    import sqlite3
+
+    import numpy as np
+else:
+    np = lazy.Module("numpy")
+    sqlite3 = lazy.Module("sqlite3")
 
 _BATCH = 128
 _SLICE = 4096
@@ -43,7 +49,7 @@ CREATE TEMP TABLE IF NOT EXISTS dead (pack BLOB PRIMARY KEY) WITHOUT ROWID;
 
 _logger = log.get(__name__)
 
-Loader = Callable[[int], layout.Array]
+Loader = Callable[[int], "layout.Array"]
 """Gives the checked records of a pack."""
 
 

@@ -58,15 +58,22 @@ from __future__ import annotations
 import json
 import re
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
+from blkckpt import errors, lazy
 
-from blkckpt import errors
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Array = npt.NDArray[np.void]
+else:
+    np = lazy.Module("numpy")
+
 
 VERSION = 1
 CHUNK = 64 << 10
@@ -108,10 +115,10 @@ DATA_KIND = 1
 LEAF_KIND = 2
 IMAGE_KINDS = {"disk": 1, "memory": 2, "stream": 3}
 
-ENTRY_TYPE = np.dtype([("hash", "<u8", (4,)), ("pack", "<u8"), ("offset", "<u8"), ("stored", "<u4"), ("raw", "<u4")])
-RECORD_TYPE = np.dtype([("hash", "<u8", (4,)), ("offset", "<u8"), ("stored", "<u4"), ("raw", "<u4")])
+ENTRY_TYPE = [("hash", "<u8", (4,)), ("pack", "<u8"), ("offset", "<u8"), ("stored", "<u4"), ("raw", "<u4")]
+RECORD_TYPE = [("hash", "<u8", (4,)), ("offset", "<u8"), ("stored", "<u4"), ("raw", "<u4")]
+"""What numpy makes a dtype of."""
 
-Array = npt.NDArray[np.void]
 Digest = Callable[[bytes | memoryview], bytes]
 
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -143,7 +150,7 @@ class StoreInfo:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """An image table: the header and the directory of leaves (``ENTRY_TYPE``)."""
+    """An image table: the header and the directory, a packed entry for each leaf."""
 
     image_id: str
     size: int
@@ -151,7 +158,7 @@ class Table:
     label: str
     parent: str | None
     created_ns: int
-    leaves: Array
+    directory: bytes
 
     @property
     def chunks(self) -> int:
@@ -159,7 +166,16 @@ class Table:
 
     def at(self, leaves: Array) -> Table:
         """The same image with its leaves elsewhere."""
-        return replace(self, leaves=leaves)
+        return replace(self, directory=leaves.tobytes())
+
+    @property
+    def leaves(self) -> Array:
+        """The directory as an array of ``ENTRY_TYPE``."""
+        return np.frombuffer(self.directory, ENTRY_TYPE)
+
+    def leaf(self, number: int) -> Entry:
+        """Where leaf *number* is."""
+        return unpack_entry(self.directory, number)
 
 
 def chunk_count(size: int) -> int:
@@ -300,7 +316,7 @@ def decode_trailer(data: bytes, pack: int, size: int) -> tuple[int, int]:
     check_version(what, version, 0)
     if found != pack:
         raise errors.CorruptError(f"{what} ends as pack {found:016x}")
-    if offset < PACK_HEADER.size or offset + count * RECORD_TYPE.itemsize + TRAILER_SIZE != size:
+    if offset < PACK_HEADER.size or offset + count * RECORD.size + TRAILER_SIZE != size:
         raise errors.CorruptError(f"{what}: its trailer does not fit its size")
     return offset, count
 
@@ -327,11 +343,11 @@ def decode_index(data: bytes, pack: int, end: int, digest: Digest) -> Array:
 def encode_table(table: Table, digest: Digest) -> bytes:
     label = table.label.encode()[:MAX_LABEL]
     header = IMAGE_HEADER.pack(
-        IMAGE_MAGIC, VERSION, 0, table.size, CHUNK, LEAF, len(table.leaves), table.created_ns,
+        IMAGE_MAGIC, VERSION, 0, table.size, CHUNK, LEAF, leaf_count(table.size), table.created_ns,
         bytes.fromhex(table.image_id), bytes.fromhex(table.parent) if table.parent else bytes(16),
         IMAGE_KINDS[table.kind], len(label),
     )  # fmt: skip
-    body = header + label + table.leaves.tobytes()
+    body = header + label + table.directory
     return body + digest(body)
 
 
@@ -357,24 +373,19 @@ def decode_table(data: bytes, image_id: str, digest: Digest) -> Table:
     if kind not in names:
         raise errors.CorruptError(f"{what}: unknown kind of image {kind}")
     label = data[IMAGE_HEADER.size : start].decode(errors="replace")
-    leaves = np.frombuffer(data, ENTRY_TYPE, count, start)
-    lengths = np.full(count, LEAF * ENTRY.size, np.uint32)
-    if count:
-        lengths[-1] = leaf_entries(size, count - 1) * ENTRY.size
-    _check_entries(leaves, lengths, f"directory of {what}")
-    return Table(image_id, size, names[kind], label, parent.hex() if any(parent) else None, created, leaves)
+    directory = data[start:-HASH]
+    last = leaf_entries(size, count - 1) * ENTRY.size
+    _check_entries(directory, LEAF * ENTRY.size, last, f"directory of {what}")
+    return Table(image_id, size, names[kind], label, parent.hex() if any(parent) else None, created, directory)
 
 
-def decode_leaf(data: bytes, size: int, leaf: int, what: str) -> Array:
-    """The entries of leaf number *leaf* of an image of *size* bytes."""
+def check_leaf(data: bytes, size: int, leaf: int, what: str) -> bytes:
+    """*data*, if it is the packed entries of leaf number *leaf* of an image of *size* bytes, else CorruptError."""
     count = leaf_entries(size, leaf)
     if len(data) != count * ENTRY.size:
         raise errors.CorruptError(f"{what}: leaf {leaf} has the wrong length")
-    entries = np.frombuffer(data, ENTRY_TYPE)
-    lengths = np.full(count, CHUNK, np.uint32)
-    lengths[-1] = chunk_length(size, leaf * LEAF + count - 1)
-    _check_entries(entries, lengths, f"leaf {leaf} of {what}")
-    return entries
+    _check_entries(data, CHUNK, chunk_length(size, leaf * LEAF + count - 1), f"leaf {leaf} of {what}")
+    return data
 
 
 def decode_leaves(data: bytes | bytearray, size: int, numbers: Sequence[int], what: str) -> Array:
@@ -386,26 +397,66 @@ def decode_leaves(data: bytes | bytearray, size: int, numbers: Sequence[int], wh
             count = leaf_entries(size, number)
             lengths[index * LEAF + count - 1] = chunk_length(size, number * LEAF + count - 1)
             lengths[index * LEAF + count : (index + 1) * LEAF] = 0
-    _check_entries(entries, lengths, f"leaves of {what}")
+    bad = _first_bad(entries, lengths)
+    if bad is not None:
+        raise errors.CorruptError(f"leaves of {what}: entry {bad} is impossible")
     return entries
 
 
-def _check_entries(entries: Array, lengths: npt.NDArray[np.uint32], what: str) -> None:
-    """Every entry is all zeros or has the expected raw length and a possible place in a pack.
+def decode_leaf(data: bytes, size: int, leaf: int, what: str) -> Array:
+    """:func:`check_leaf` as an array of ``ENTRY_TYPE``."""
+    return np.frombuffer(check_leaf(data, size, leaf, what), ENTRY_TYPE)
+
+
+def _check_entries(data: bytes, length: int, last: int, what: str) -> None:
+    """Every entry is all zeros or has a possible place in a pack and the raw length *length* (*last* for the last)."""
+    many = len(data) > _FEW * ENTRY.size or "numpy" in sys.modules
+    bad = (first_bad if many else first_bad_of_few)(data, length, last)
+    if bad is not None:
+        raise errors.CorruptError(f"{what}: entry {bad} is impossible")
+
+
+_FIRST_PLACE = PACK_HEADER.size + ENTRY_HEADER.size
+_FEW = 4096
+"""Entries that are looked at one by one sooner (a millisecond for 4,000) than numpy is loaded."""
+
+
+def first_bad_of_few(data: bytes, length: int, last: int) -> int | None:
+    """The number of the first entry in *data* that cannot be; as :func:`first_bad`, without numpy."""
+    final = len(data) // ENTRY.size - 1
+    for number, (digest, pack, offset, stored, raw) in enumerate(ENTRY.iter_unpack(data)):
+        if raw == 0 and not (stored or offset or pack or any(digest)):
+            continue
+        if raw != (last if number == final else length) or not 0 < stored <= raw:
+            return number
+        if not _FIRST_PLACE <= offset <= MAX_PACK_FILE:
+            return number
+    return None
+
+
+def first_bad(data: bytes, length: int, last: int) -> int | None:
+    """The number of the first entry in *data* that cannot be."""
+    entries = np.frombuffer(data, ENTRY_TYPE)
+    lengths = np.full(len(entries), length, np.uint32)
+    lengths[-1:] = last
+    return _first_bad(entries, lengths)
+
+
+def _first_bad(entries: Array, lengths: npt.NDArray[np.uint32]) -> int | None:
+    """The first entry that is neither all zeros nor has its raw length and a possible place in a pack.
 
     Columns are copied first, and bounds are one comparison each (what is below wraps around): a pass over columns of
     records costs more than the arithmetic.
     """
     raw, stored, offset = (np.ascontiguousarray(entries[column]) for column in ("raw", "stored", "offset"))
-    first = np.uint64(PACK_HEADER.size + ENTRY_HEADER.size)
+    first = np.uint64(_FIRST_PLACE)
     used = (raw == lengths) & (stored - np.uint32(1) < raw) & (offset - first <= np.uint64(MAX_PACK_FILE) - first)
     if used.all():
-        return
-    words = np.frombuffer(entries, np.uint64).reshape(-1, ENTRY.size // 8)
-    rest = words[~used]
-    if rest.any():
-        bad = int(np.flatnonzero(~used)[np.flatnonzero(rest.any(axis=1))[0]])
-        raise errors.CorruptError(f"{what}: entry {bad} is impossible")
+        return None
+    rest = np.frombuffer(entries, np.uint64).reshape(-1, ENTRY.size // 8)[~used]
+    if not rest.any():
+        return None
+    return int(np.flatnonzero(~used)[np.flatnonzero(rest.any(axis=1))[0]])
 
 
 def pack_entry(entry: Entry) -> bytes:
@@ -413,6 +464,6 @@ def pack_entry(entry: Entry) -> bytes:
     return ENTRY.pack(entry.hash, entry.pack, entry.offset, entry.stored, entry.raw)
 
 
-def entry_at(entries: Array, number: int) -> Entry:
-    """Entry *number* as a value."""
-    return Entry(*ENTRY.unpack_from(entries[number : number + 1].tobytes()))
+def unpack_entry(data: bytes, number: int) -> Entry:
+    """Entry *number* of the packed entries *data*."""
+    return Entry(*ENTRY.unpack_from(data, number * ENTRY.size))

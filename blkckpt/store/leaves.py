@@ -13,12 +13,15 @@ import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-import numpy as np
-
-from blkckpt import errors
+from blkckpt import errors, lazy
 from blkckpt.store import layout
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = lazy.Module("numpy")
 
 MAX_HELD = 2048
 """Leaves in memory: 56 MiB."""

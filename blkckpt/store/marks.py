@@ -10,22 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
-from blkckpt import errors
+from blkckpt import errors, lazy
 from blkckpt.store import backend, images, index, layout, manifest, packs, pins
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Keys = npt.NDArray[np.uint64]
+else:
+    np = lazy.Module("numpy")
 
 Progress = Callable[[int, int], None]
 """Called with (done, of how much)."""
 
-Keys = npt.NDArray[np.uint64]
-
 _COMPACT = 1 << 16
-_STORED = np.uint64(17)
-_LEAF = np.uint64(1 << 17)
-_OFFSET = np.uint64(18)
+_LEAF = 1 << 17
+_OFFSET = 18
 
 
 @dataclass(slots=True)
@@ -50,17 +53,17 @@ class Usage:
     def size(self) -> int:
         """The size of a pack that holds this and nothing else."""
         fixed = layout.PACK_HEADER.size + layout.TRAILER_SIZE
-        return fixed + self.live() + len(self.keys()) * layout.RECORD_TYPE.itemsize
+        return fixed + self.live() + len(self.keys()) * layout.RECORD.size
 
     def live(self) -> int:
         """The bytes in use, entry headers included."""
-        keys = np.unique(self.keys() & ~_LEAF)
-        return int((keys & (_LEAF - np.uint64(1))).sum()) + len(keys) * layout.ENTRY_HEADER.size
+        keys = np.unique(self.keys() & ~np.uint64(_LEAF))
+        return int((keys & np.uint64(_LEAF - 1)).sum()) + len(keys) * layout.ENTRY_HEADER.size
 
     def data(self) -> Keys:
         """The offsets of the live payloads that are chunks of data, in order."""
         keys = self.keys()
-        offsets: Keys = keys[(keys & _LEAF) == 0] >> _OFFSET
+        offsets: Keys = keys[(keys & np.uint64(_LEAF)) == 0] >> np.uint64(_OFFSET)
         return offsets
 
 
@@ -75,9 +78,9 @@ class Marks:
     def add(self, entries: layout.Array, *, leaves: bool = False) -> None:
         """Mark the payloads of *entries*, which are *leaves* or chunks of data."""
         used = entries[entries["raw"] > 0]
-        keys = (used["offset"] << _OFFSET) | used["stored"].astype(np.uint64)
+        keys = (used["offset"] << np.uint64(_OFFSET)) | used["stored"].astype(np.uint64)
         if leaves:
-            keys |= _LEAF
+            keys |= np.uint64(_LEAF)
         for pack in np.unique(used["pack"]).tolist():
             self.usage.setdefault(pack, Usage()).add(keys[used["pack"] == pack])
 

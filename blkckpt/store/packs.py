@@ -13,11 +13,15 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from blkckpt import errors
+from blkckpt import errors, lazy
 from blkckpt.store import backend, codec, layout
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = lazy.Module("numpy")
 
 _SCAN_READ = 8 << 20
 MAX_READ = 4 << 20
@@ -68,7 +72,7 @@ class PackWriter:
 
     @property
     def count(self) -> int:
-        return len(self._records) // layout.RECORD_TYPE.itemsize
+        return len(self._records) // layout.RECORD.size
 
     def append(self, chunks: Sequence[NewChunk]) -> list[layout.Entry]:
         """Append *chunks* in one go; returns their entries, in order."""
@@ -129,13 +133,6 @@ class Packs:
             for entry in run:
                 start = entry.offset - first.offset
                 yield entry, data[start : start + entry.stored]
-
-    def hint(self, entries: Sequence[layout.Entry]) -> None:
-        """Non-zero *entries* will be read soon: so the disk works on all of them at once."""
-        for run in _runs(entries):
-            first, last = run[0], run[-1]
-            length = last.offset + last.stored - first.offset
-            self.backend.hint(layout.pack_key(first.pack), first.offset, length)
 
     def index(self, pack: int) -> layout.Array:
         """The checked index of a sealed pack."""

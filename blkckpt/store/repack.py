@@ -16,7 +16,8 @@ sweep*: the victims are garbage.  In every case the next collection works it out
 
 Who may do what meanwhile.  No lock is held but the collection's own, so writers go on: what they reference in a
 victim keeps it, since the sweep marks again when they have finished.  Readers follow (:mod:`blkckpt.store.images`):
-who finds a pack gone reads the table again.  Only images that were marked are rewritten; a later one keeps its packs.
+who finds a pack gone reads the table again.  What goes by places alone (a bundle, an accounting) fails with a missing
+pack, and is to be repeated.  Only images that were marked are rewritten; a later one keeps its packs.
 
 A victim in which a chunk is damaged, or missing, is left as it is and told: its bytes may still be of use.
 
@@ -27,11 +28,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from blkckpt import errors
+from blkckpt import errors, lazy
 from blkckpt.store import codec, images, index, layout, marks, packs
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = lazy.Module("numpy")
 
 THRESHOLD = 0.25
 """A pack with more dead bytes than this share is rewritten: at most 3 bytes are written for one that is freed."""
@@ -208,7 +213,7 @@ def _rewrite_leaf(
 ) -> bytes | None:
     entries = images.read_leaf(store, table, leaf)
     changed = _moved(entries, moves)
-    if changed is None and int(table.leaves["pack"][leaf]) not in moves:
+    if changed is None and table.leaf(leaf).pack not in moves:
         return None
     data = (entries if changed is None else changed).tobytes()
     chunk = packs.NewChunk(store.codec.digest(data), codec.compress(data), len(data), layout.LEAF_KIND)

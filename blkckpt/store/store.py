@@ -9,11 +9,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from blkckpt import durable, errors, paths, units
-from blkckpt.store import backend, codec, collect, images, index, layout, lock, marks, packs, pins, writer
+from blkckpt import durable, errors, lazy, paths, units
+from blkckpt.store import backend, codec, collect, images, index, layout, lock, marks, packs, pins
 from blkckpt.store import labels as label_format
 from blkckpt.store import manifest as manifest_format
+
+if TYPE_CHECKING:
+    from blkckpt.store import writer
+else:
+    writer = lazy.Module("blkckpt.store.writer")
 
 _OURS = {
     "store.json", "lock", "labels.lock", "gc.lock", "packs", "images", "manifests", "labels", "pins", "tmp", "index",
@@ -35,6 +41,7 @@ class Store:
         self.index = index.ChunkIndex(path / "index", info.id, self.packs.ids)
         self._lock = threading.RLock()
         self._hold: lock.Hold | None = None
+        self._reconciled = False
         self._writers = 0
         self._unpublished: set[str] = set()
 
@@ -112,6 +119,7 @@ class Store:
             )
         self._begin()
         try:
+            self._reconcile()
             above = self.image(parent) if parent else None
             if above and above.size != size:
                 raise errors.InputError(f"parent image {parent} has {above.size} bytes, the new image {size}")
@@ -123,9 +131,9 @@ class Store:
             self._end(None)
             raise
 
-    def image(self, image_id: str, *, cache: int = images.CACHE) -> images.ImageReader:
-        """Open an image for reading; *cache* is the bytes of chunks to keep."""
-        return images.ImageReader(self.packs, images.load_table(self.packs, image_id), cache=cache)
+    def image(self, image_id: str, *, cache: int = images.CACHE, ahead: bool = False) -> images.ImageReader:
+        """Open an image for reading; *cache* is the bytes of chunks to keep, *ahead* is for a guest's disk."""
+        return images.ImageReader(self.packs, images.load_table(self.packs, image_id), cache=cache, ahead=ahead)
 
     def image_ids(self) -> Iterator[str]:
         """Every image in the store, whether a manifest names it or not."""
@@ -309,12 +317,14 @@ class Store:
         with self._lock:
             if self._hold is None:
                 self._hold = lock.shared(self.path / "lock")
-                try:
-                    self.index.reconcile(marks.records_of(self.packs))
-                except BaseException:
-                    self._release()
-                    raise
             self._writers += 1
+
+    def _reconcile(self) -> None:
+        """The index learns of packs that it lacks: once a hold, and only for who will write chunks."""
+        with self._lock:
+            if not self._reconciled:
+                self.index.reconcile(marks.records_of(self.packs))
+                self._reconciled = True
 
     def _end(self, image: str | None) -> None:
         """A writer has finished *image*, or has given up."""
@@ -336,6 +346,7 @@ class Store:
         if self._hold is not None:
             self._hold.release()
             self._hold = None
+            self._reconciled = False
 
     def _check_image(self, m: manifest_format.Manifest, image_id: str, size: int) -> None:
         table = images.load_table(self.packs, image_id)

@@ -157,9 +157,9 @@ class _Table:
     def add(self, image: str) -> None:
         """Read the table of *image*, and those of its leaves that no other image had."""
         table = images.load_table(self._place.packs, image)
-        numbers = []
-        for leaf in np.flatnonzero(table.leaves["raw"]).tolist():
-            entry = table.leaves[leaf : leaf + 1]
+        numbers, directory = [], table.leaves
+        for leaf in np.flatnonzero(directory["raw"]).tolist():
+            entry = directory[leaf : leaf + 1]
             place = entry.tobytes()[layout.HASH : layout.HASH + 16]
             number = self._known.get(place)
             if number is None:
@@ -256,7 +256,7 @@ def _report(
 def _overhead(packs: int, table: _Table) -> int:
     """What packs hold beside payloads of use: headers, trailers, index records of what is live."""
     fixed = layout.PACK_HEADER.size + layout.TRAILER_SIZE
-    return packs * fixed + len(table.stored) * layout.RECORD_TYPE.itemsize
+    return packs * fixed + len(table.stored) * layout.RECORD.size
 
 
 def _account(table: _Table, groups: Sequence[Sequence[str]], pinned: Sequence[Sequence[str]]) -> list[Usage]:

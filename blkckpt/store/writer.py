@@ -27,11 +27,15 @@ import time
 from collections.abc import Callable
 from concurrent import futures
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from blkckpt import errors
+from blkckpt import errors, lazy
 from blkckpt.store import codec, images, index, layout, leaves, packs
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = lazy.Module("numpy")
 
 BATCH = 64
 """Chunks a job: 4 MiB, so that handing a job from thread to thread (up to 0.1 ms) does not count."""
@@ -91,7 +95,7 @@ class ImageWriter:
         self._table = leaves.LeafTable(
             size,
             parent.table.leaves if parent else None,
-            (lambda leaf: parent.entries(leaf).tobytes()) if parent else None,
+            parent.leaf if parent else None,
         )
         self._seen = np.zeros(layout.chunk_count(size), np.bool_)
         self._lock = threading.Lock()
@@ -285,7 +289,7 @@ class ImageWriter:
         if self._parent is None:
             return None
         leaf, slot = divmod(number, layout.LEAF)
-        entry: bytes = self._parent.entries(leaf)[slot : slot + 1].tobytes()
+        entry = self._parent.leaf(leaf)[slot * layout.ENTRY.size : (slot + 1) * layout.ENTRY.size]
         return entry if entry.startswith(digest) else None
 
     def _own(self, digest: bytes) -> bytes | None:
@@ -352,7 +356,7 @@ class ImageWriter:
             return layout.ZERO
         digest = self._codec.digest(data)
         if self._parent:
-            inherited = layout.entry_at(self._parent.table.leaves, leaf)
+            inherited = self._parent.table.leaf(leaf)
             if inherited.hash == digest:
                 return inherited
         found = self._index.lookup([digest]).get(digest)
@@ -392,7 +396,7 @@ class ImageWriter:
         """Every pack is durable: now the table."""
         parent = self._parent.image_id if self._parent else None
         table = layout.Table(
-            self.image_id, self.size, self._kind, self._label, parent, time.time_ns(), self._table.directory
+            self.image_id, self.size, self._kind, self._label, parent, time.time_ns(), self._table.directory.tobytes()
         )
         data = layout.encode_table(table, self._codec.digest)
         self._packs.backend.put(layout.image_key(self.image_id), data, exclusive=True)

@@ -27,10 +27,10 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import stat
 import struct
 import time
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -122,7 +122,7 @@ def create(
 
     Creates no disk state (``DiskGroup.create`` does).  Raises :class:`errors.StateError` if the VM is defined.
     """
-    definition = VmDefinition(vm.name, vm_id or uuid.uuid4().hex, time.time_ns(), tuple(disks), store)
+    definition = VmDefinition(vm.name, vm_id or secrets.token_hex(16), time.time_ns(), tuple(disks), store)
     validate(definition)
     _check_used_once(definition, _others(vm))
     paths.private_directory(vm.root)

@@ -118,6 +118,21 @@ def test_serve_status_stop(cli: Cli, web: Path) -> None:
     assert cli.status("web")["state"] == "stopped"
 
 
+def test_top_sees_the_disk_work(cli: Cli, web: Path) -> None:
+    cli.serve("web")
+    process = cli.popen("top", "web", "--json", "--interval", "300ms")
+    handle = cli.connect("web")
+    while process.poll() is None:
+        handle.pwrite(b"y" * 8192, 65536)
+    assert process.stdout is not None and process.stderr is not None
+    (one,) = json.loads(process.communicate()[0])["vms"]
+    (disk,) = one["disks"]
+    handle.shutdown()
+    assert (one["state"], one["phase"], disk["depth"]) == ("serving", "rest", 1)
+    assert disk["writes_per_second"] > 0
+    assert disk["written_bytes_per_second"] == pytest.approx(8192 * disk["writes_per_second"])
+
+
 def test_serve_in_the_foreground_ends_with_ctrl_c(cli: Cli, web: Path) -> None:
     process = cli.popen("serve", "web")
     assert process.stderr is not None

@@ -60,6 +60,22 @@ def test_what_the_server_offers(stand: server.Stand) -> None:
         handle.cache(65536, 0)
 
 
+def test_a_connection_keeps_its_python_state(stand: server.Stand) -> None:
+    """Made anew for each request, it maps, faults in and unmaps a stack each time: as costly as the rest together."""
+    requests = 500
+
+    def faults() -> int:
+        return int(Path(f"/proc/{stand.server.pid}/stat").read_text().rpartition(")")[2].split()[7])
+
+    for _ in range(3):  # connections that come and go
+        with stand.disk() as handle:
+            handle.pread(4096, 0)
+            before = faults()
+            for _ in range(requests):
+                handle.pread(4096, 0)
+            assert faults() - before < requests / 4
+
+
 @pytest.mark.parametrize("overlay", [False, True], ids=["base", "overlay"])
 def test_any_alignment_and_length(stand: server.Stand, overlay: bool) -> None:
     """D11, on the base alone and with an overlay that starts empty."""

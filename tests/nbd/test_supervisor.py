@@ -335,6 +335,80 @@ def test_a_server_of_another_version_of_python_is_refused() -> None:
     assert nbdserver.probe().python[:2] == sys.version_info[:2]
 
 
+def test_what_nbdkit_said_is_remembered_until_its_files_change(tmp_path: Path) -> None:
+    nbdserver.probe.cache_clear()
+    found = nbdserver.probe(tmp_path)
+    note = tmp_path / "nbdkit.json"
+    body = json.loads(note.read_text())
+    assert {Path(name).name for name in body["files"]} == {"nbdkit", "nbdkit-python-plugin.so"}
+
+    def again(**changed: object) -> nbdserver.Program:
+        note.write_text(json.dumps({**body, **changed}))
+        nbdserver.probe.cache_clear()
+        return nbdserver.probe(tmp_path)
+
+    assert again(version=[9, 9]).version == (9, 9)  # believed, not asked
+    older = {name: [*identity[:3], identity[3] - 1] for name, identity in body["files"].items()}
+    for files in (older, {}, None):
+        assert again(version=[9, 9], files=files) == found
+    note.write_text("{")
+    nbdserver.probe.cache_clear()
+    assert nbdserver.probe(tmp_path) == found
+
+
+def _servers(vm: paths.VmPaths) -> list[int]:
+    """Every nbdkit of *vm*."""
+    wanted = {b"/usr/bin/nbdkit", f"home={vm.root.parent.parent}".encode(), f"vm={vm.name}".encode()}
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and wanted <= set((entry / "cmdline").read_bytes().split(b"\0")):
+                found.append(int(entry.name))
+    return found
+
+
+def test_an_early_server_whose_vm_does_not_come(vm: paths.VmPaths) -> None:
+    """It is started before there is a VM, touches nothing of it, and ends with whoever expected it."""
+    absent = paths.home(vm.root.parent.parent).vm("absent")
+    with supervisor.Detached() as detached:
+        detached.expect(absent)
+        wait_until(lambda: bool(_servers(absent)), "the early server is there")
+    wait_until(lambda: not _servers(absent), "the early server has ended")
+    assert not absent.root.exists()
+    assert not absent.run.exists()
+
+
+def test_an_early_server_and_its_vm_in_time(vm: paths.VmPaths) -> None:
+    """The disks are opened when there is the order, not before; the log is the VM's."""
+    with supervisor.Detached() as detached:
+        detached.expect(vm)
+        wait_until(lambda: bool(_servers(vm)), "the early server is there")
+        assert not rundir.find(vm)
+        (early,) = _servers(vm)
+        running = detached.start(vm, None)
+    assert running.server is not None
+    assert running.server.pid == early
+    handle = nbd.NBD()
+    handle.set_export_name("vda")
+    handle.connect_unix(str(vm.nbd_socket))
+    assert handle.get_size() == SIZE
+    handle.shutdown()
+    assert supervisor.stop(vm)
+    assert "serving" in (vm.log / "nbdkit.log").read_text()
+    assert_nothing_left(vm, running)
+
+
+def test_an_early_server_of_a_vm_that_runs(vm: paths.VmPaths) -> None:
+    """Rule D12: it is refused as ever, and the early server goes with the refusal."""
+    running = supervisor.start(vm, None)
+    with pytest.raises(errors.StateError, match="running already"):
+        supervisor.start(vm, None)
+    assert running.server is not None
+    pid = running.server.pid
+    wait_until(lambda: _servers(vm) == [pid], "the other one has ended")
+    assert supervisor.stop(vm)
+
+
 def test_logs_are_private(vm: paths.VmPaths) -> None:
     supervisor.start(vm, None)
     supervisor.stop(vm)

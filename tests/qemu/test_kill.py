@@ -21,10 +21,11 @@ import pytest
 from blkckpt import paths
 from blkckpt.control import client
 from blkckpt.store import store as stores
+from blkckpt.vm import writeprotect
 from tests.support import guest
 
 AGENT = """
-import os, signal, subprocess, sys
+import contextlib, os, signal, subprocess, sys
 from blkckpt import errors, paths
 from blkckpt.agent import runner
 from blkckpt.control import client
@@ -40,9 +41,12 @@ def children(pid):
     return [int(word) for word in out.split()]
 
 def kill(self):
-    victims = {"agent": [os.getpid()], "server": [self.welcome.pid], "copier": children(self.welcome.pid)}
+    family = [*children(os.getpid()), os.getpid()]  # the guard and the memory receiver before the agent
+    server = self.welcome.pid
+    victims = {"agent": [os.getpid()], "family": family, "server": [server], "copier": children(server)}
     for pid in victims[victim] if victim in victims else [int(victim)]:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # the ps that listed it
+            os.kill(pid, signal.SIGKILL)
 
 def bent(self, asked, *words, **more):
     if asked == verb and when == "before":
@@ -158,6 +162,23 @@ def test_after_all_that_a_checkpoint_works(box: guest.Sandbox, writer: guest.Con
         store.collect()
         named = {image for _, name in store.names("v") for image in store.manifest("v", name).images()}
         assert set(store.image_ids()) == named, "images that no checkpoint names"
+
+
+def test_a_guest_that_lost_agent_and_guard_is_freed_by_the_next_checkpoint(sandbox: guest.Sandbox) -> None:
+    """A1: nobody is left to see the snapshot to its end, so QEMU leaves the memory write-protected."""
+    sandbox.create("v", {"vda": 48 << 20})
+    console = sandbox.boot("v", "idle", memory=512, fill=256, dirty=2000)
+    console.beat()
+    qemu = sandbox.json("status", "v")["vms"][0]["machine"]
+    assert take_and_kill(sandbox, "dead", "copy", "before", "family").returncode == -signal.SIGKILL
+    wait_for_rest(sandbox)
+    assert writeprotect.is_protected(qemu)
+    sandbox.run("checkpoint", "v", "--name", "next")
+    assert not writeprotect.is_protected(qemu)
+    console.check()
+    before = console.beat()
+    assert console.beat().seq > before.seq
+    sandbox.stop("v")
 
 
 @pytest.mark.parametrize("verb", ["arm", "copy", "commit"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from blkckpt.agent import guard
+from blkckpt.agent import guard, rescue
 from tests.support import fake_qmp
 from tests.unit.test_agent_machine import Qemu
 from tests.unit.test_vm_guestagent import FakeAgent
@@ -98,14 +98,14 @@ def test_a_running_migration_is_waited_for(qemu: Qemu, tmp_path: Path) -> None:
 @pytest.mark.parametrize("status", ["running", "shutdown", "internal-error"])
 def test_another_state_is_not_ours(qemu: Qemu, tmp_path: Path, status: str) -> None:
     qemu.status = status
-    assert guard.rescue(guard.QMP, str(tmp_path / "q"), patience=10)
+    assert rescue.rescue(guard.QMP, str(tmp_path / "q"), patience=10)
     assert qemu.status == status
     assert "cont" not in qemu.commands()
 
 
 def test_a2_it_gives_up(tmp_path: Path) -> None:
     start = time.monotonic()
-    assert not guard.rescue(guard.QMP, str(tmp_path / "nothing"), patience=0.5)
+    assert not rescue.rescue(guard.QMP, str(tmp_path / "nothing"), patience=0.5)
     assert time.monotonic() - start < 5
 
 
@@ -119,7 +119,7 @@ def test_a_refused_cont_is_tried_again(qemu: Qemu, tmp_path: Path) -> None:
         return qemu.go("running", "RESUME")
 
     qemu.answers["cont"] = reluctant
-    assert guard.rescue(guard.QMP, str(tmp_path / "q"), patience=10)
+    assert rescue.rescue(guard.QMP, str(tmp_path / "q"), patience=10)
     assert qemu.status == "running"
 
 

@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from blkckpt import durable, errors, paths
 from blkckpt.disk import api, barrier, chain, copier, fill, group, member, stack, statefile
 from blkckpt.disk import format as formats
+from blkckpt.disk import job as jobs
 from blkckpt.store import store
 from tests.support import disks
 
@@ -588,15 +590,16 @@ RESTORED = 1 << 20
 
 @pytest.fixture
 def restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[disks.Rig]:
-    """A restored disk that is not filled until :data:`filling` is set."""
+    """A restored disk whose fill does nothing until ``fill()`` is called, but stops when it is told to."""
     held = threading.Event()
-    missing_runs = fill.missing_runs
+    run = fill.run
 
-    def wait(file: object) -> Iterator[tuple[int, int]]:
-        until(held.is_set)
-        return missing_runs(file)  # type: ignore[arg-type]
+    def wait(gate: fill.Gate, file: Any, image: Any, pace: jobs.Pace, progress: Any) -> None:
+        until(lambda: held.is_set() or pace.stop.is_set())
+        pace.check()
+        run(gate, file, image, pace, progress)
 
-    monkeypatch.setattr(fill, "missing_runs", wait)
+    monkeypatch.setattr(fill, "run", wait)
     made = disks.Rig(tmp_path, {"vda": RESTORED}, IMAGE)
     made.fill = held.set  # type: ignore[attr-defined]
     yield made
@@ -636,7 +639,6 @@ def test_a_restored_disk_can_be_checkpointed_while_it_is_filled(
         return "image-1"
 
     disks.stub_copies(monkeypatch, look)
-    restored.group._filler.stop = lambda: None  # type: ignore[method-assign]
     put(restored, "vda", b"g", 2 * 4096)
     expected = restored.read()
     restored.group.prepare("c1")
@@ -651,9 +653,28 @@ def test_a_restored_disk_can_be_checkpointed_while_it_is_filled(
     assert restored.read() == now
 
 
+def test_the_fill_yields_to_the_guest(restored: disks.Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the guest does something the fill rests, after each step, as long as the step took; else not at all."""
+    now, rests = 0.0, []
+
+    def rest(seconds: float) -> bool:
+        rests.append(seconds)
+        return False
+
+    pace = jobs.Pace(threading.Event(), lambda: restored.group.disks["vda"].activity)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(pace.stop, "wait", rest)
+    pace._began = now
+    for took, active in ((0.01, True), (0.02, False), (0.03, True), (5.0, True)):
+        now += took
+        if active:
+            restored.read()
+        pace.rest(1 << 20)
+    assert rests == pytest.approx([0.01, 0.03, jobs.Pace.MAX_REST])
+
+
 def test_the_job_line_of_a_restored_disk(tmp_path: Path, restored: disks.Rig) -> None:
     body = 'print(json.dumps({"result": {"image": "x", "job": job}}))'
-    restored.group._filler.stop = lambda: None  # type: ignore[method-assign]
     restored.group.prepare("c1")
     restored.group.switch()
     job = disks.finish(restored.group.start_copy("/store", {"vda": "image-0"}, rate=5, command=child(body)))

@@ -215,6 +215,21 @@ def test_d3_clean_layers_cost_no_sync(rig: disks.Rig, disk: Disk, files: disks.F
     assert not names(files, start)
 
 
+@pytest.mark.parametrize("overlay", [False, True], ids=["base", "overlay"])
+def test_d3_overwriting_costs_one_sync_a_flush(rig: disks.Rig, disk: Disk, files: disks.Files, overlay: bool) -> None:
+    """The map's pages are written for new bits only."""
+    if overlay:
+        checkpoint(rig)
+    disk.write(b"a" * 8192, 0)
+    disk.flush()
+    for fua in (False, True):
+        start = len(files.events)
+        disk.write(b"b" * 8192, 0, fua)
+        if not fua:
+            disk.flush()
+        assert [call for call, *_ in files.events[start:] if call == "sync"] == ["sync"]
+
+
 def test_d2_a_bit_set_while_the_data_is_synced_waits_for_the_next_flush(
     rig: disks.Rig, disk: Disk, files: disks.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:

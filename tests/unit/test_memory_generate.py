@@ -109,3 +109,10 @@ def test_a_reader_that_leaves_something_out_is_an_error(kind: type[Reader]) -> N
     data = contents(1, 8, 1.0)
     with pytest.raises(errors.CorruptError):
         b"".join(generate.full(skeleton_of({"pc.ram": data}, set()), {"pc.ram": kind(data)}))
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=9), st.integers(1, 64))
+def test_few_records_are_the_same_records(zeros: list[bool], first: int) -> None:
+    data = b"".join(bytes(PAGE) if zero else bytes([number + 1]) * PAGE for number, zero in enumerate(zeros))
+    few = b"".join(generate.few_records(PAGE, first * PAGE, data))
+    assert few == b"".join(generate.page_records(PAGE, first * PAGE, data))

@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 import random
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +20,7 @@ from typing import Any, cast
 import pytest
 
 from blkckpt import errors
-from blkckpt.memory import assemble, feed, generate, image, intake, receive, skeleton, stream
+from blkckpt.memory import apart, assemble, feed, generate, image, intake, receive, skeleton, stream
 from blkckpt.store import store
 from tests.support import ramstream as rs
 
@@ -259,6 +261,66 @@ def test_killed_leaves_no_raw_image(child: Callable[..., Child]) -> None:
     one.process.kill()
     one.end()
     assert list(one.raw.iterdir()) == []
+
+
+def intake_of(one: Child) -> int:
+    """The process that the receiver has forked."""
+    [child] = Path(f"/proc/{one.process.pid}/task/{one.process.pid}/children").read_text().split()
+    return int(child)
+
+
+def test_killed_ends_the_intake_too(child: Callable[..., Child]) -> None:
+    """Nobody reads the stream for a receiver that has gone: QEMU must see that, or the drain must get it."""
+    one = child()
+    one.send(rs.whole(BLOCKS, pages(12, range(1000)))[:2_000_000])
+    wait_for_progress(one)
+    descriptor = os.pidfd_open(intake_of(one))
+    one.process.kill()
+    try:
+        assert select.select([descriptor], [], [], DEADLINE)[0]
+    finally:
+        os.close(descriptor)
+    with pytest.raises(BrokenPipeError):
+        os.write(one.stream, b"x")
+
+
+def test_a_killed_intake_is_an_error(child: Callable[..., Child]) -> None:
+    one = child()
+    one.send(rs.whole(BLOCKS, pages(12, range(1000)))[:2_000_000])
+    wait_for_progress(one)
+    os.kill(intake_of(one), signal.SIGKILL)
+    fails(one, "BlkckptError", "has ended too early")
+
+
+def test_m1_telling_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole stream is taken while nobody listens to the intake, whose socket is full; then all of it is told."""
+    pair = socket.socketpair
+
+    def small(*kind: int) -> tuple[socket.socket, socket.socket]:
+        made = pair(*kind)
+        for one in made:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 << 10)  # room for some 40 messages
+        return made
+
+    monkeypatch.setattr(socket, "socketpair", small)
+    monkeypatch.setattr(intake, "BUFFER", 16 << 10)  # a message for almost each of 272 chunks
+    records: list[rs.Record] = [(0, n, bytes([1 + n % 250]) * PAGE) for n in range(RAM_PAGES)]
+    reader, writer = os.pipe()
+    taking = apart.Intake(reader, tmp_path, once=True, closed=(writer,))
+    os.close(reader)
+    watchdog = threading.Timer(DEADLINE, os.kill, (taking.pid, signal.SIGKILL))
+    watchdog.start()
+    with open(writer, "wb") as file:  # waits for the intake, and the intake for nobody
+        file.write(rs.whole(BLOCKS, records))
+    watchdog.cancel()
+    told: list[tuple[int, int]] = []
+    taken = taking.listen(lambda _, low, high: told.append((low, high)))
+    [block] = taking.main
+    assert taken.pages == len(records)
+    assert sum(high - low for low, high in told) == block.chunks
+    assert list(block.rest()) == []
+    assert block.raw.read(0, RAM_PAGES * PAGE) == rs.memory(BLOCKS, records)[0]
+    taking.stop(DEADLINE)
 
 
 @pytest.mark.parametrize(

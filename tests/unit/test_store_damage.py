@@ -251,6 +251,31 @@ def test_a_hostile_leaf(target: store.Store) -> None:
         layout.decode_leaf(good.tobytes()[:-56], SIZE, 0, "it")
 
 
+def test_both_judges_of_entries_agree(target: store.Store) -> None:
+    """The one that needs no numpy says what the other says, for every field of every place."""
+    good = target.image(image_of(target)).leaf(0)
+    count = len(good) // layout.ENTRY.size
+    cases = [good, bytes(len(good)), b""]
+    edits = (
+        (0, "B", (1,)),
+        (32, "<Q", (0, 7)),
+        (40, "<Q", (0, 5, 120, 1 << 50)),
+        (48, "<I", (0, 1, CHUNK, CHUNK + 1)),
+        (52, "<I", (0, 1, CHUNK - 1, CHUNK)),
+    )
+    for number in (0, count // 2, count - 1):
+        for place, form, values in edits:
+            for value in values:
+                for base in (good, bytes(len(good))):
+                    body = bytearray(base)
+                    struct.pack_into(form, body, number * layout.ENTRY.size + place, value)
+                    cases.append(bytes(body))
+    length, last = CHUNK, layout.chunk_length(SIZE, count - 1)
+    answers = [layout.first_bad_of_few(case, length, last) for case in cases]
+    assert answers == [layout.first_bad(case, length, last) for case in cases]
+    assert {None, 0, count // 2, count - 1} <= set(answers)
+
+
 def test_hostile_packs(target: store.Store, tmp_path: Path) -> None:
     path = only(tmp_path / "store", "packs/*/*.pack")
     clean = path.read_bytes()

@@ -386,32 +386,56 @@ def test_leaves_complete_once_every_chunk_is_set() -> None:
     assert table.set_zero(layout.LEAF + 1, 1) == [1]
 
 
-def test_a_sequential_reader_has_the_disk_fetch_ahead(target: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each chunk is announced once, before it is read; a reader here and there announces nothing; damage waits."""
-    data = os.urandom(700 * CHUNK)
-    with target.image_writer(len(data)) as out:
-        out.write(0, data)
-        image = out.finish().image
-    hinted: list[int] = []
-    monkeypatch.setattr(target.packs, "hint", lambda entries: hinted.extend(entry.offset for entry in entries))
-    reader = target.image(image, cache=0)
-    for number in (0, 5, 300, 2, 40):
-        assert reader.chunk(number) == data[number * CHUNK : (number + 1) * CHUNK]
-    assert hinted == []
-    reader = target.image(image, cache=0)
-    read: list[int] = []
-    for number in range(0, 700, 4):
-        read += [reader.entry(number + n).offset for n in range(4)]
-        assert reader.read(number * CHUNK, 4 * CHUNK) == data[number * CHUNK : (number + 4) * CHUNK]
-        assert number in (0, 696) or set(hinted) - set(read), "the disk is always ahead"
-    assert len(hinted) == len(set(hinted)) == 692
-    reader = target.image(image)
-    leaf = reader.table.leaves[1]
-    path = target.path / layout.pack_key(int(leaf["pack"]))
-    with path.open("r+b") as file:
-        file.seek(int(leaf["offset"]))
-        file.write(b"damage")
-    for number in range(400, 512):
-        assert reader.chunk(number) == data[number * CHUNK : (number + 1) * CHUNK]
-    with pytest.raises(errors.CorruptError):
-        reader.chunk(512)
+# --- reading ahead
+
+
+class Fetches:
+    """What a reader asks of the packs, and by which thread; failing on demand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ahead: list[int] = []
+        self.direct: list[int] = []
+        self.broken = False
+        fetch = images.ImageReader._fetch
+
+        def noted(reader: images.ImageReader, numbers: list[int]) -> dict[int, bytes]:
+            by_thread = threading.current_thread().name.startswith("read-ahead")
+            (self.ahead if by_thread else self.direct).extend(numbers)
+            if by_thread and self.broken:
+                raise errors.CorruptError("damaged")
+            return fetch(reader, numbers)
+
+        monkeypatch.setattr(images.ImageReader, "_fetch", noted)
+
+
+def test_a_sequential_reader_finds_its_chunks_made(target: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = os.urandom(100 * CHUNK + 77)
+    image = put(target, data).image
+    fetches = Fetches(monkeypatch)
+    reader = target.image(image, ahead=True)
+    got = b"".join(reader.read(at, min(10000, reader.size - at)) for at in range(0, reader.size, 10000))
+    reader.close()
+    assert got == data
+    assert sorted(fetches.direct + fetches.ahead) == list(range(101)), "a chunk was fetched twice or never"
+    assert len(fetches.direct) <= 2
+
+
+def test_nothing_is_read_ahead_for_a_reader_that_jumps(target: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = put(target, os.urandom(100 * CHUNK)).image
+    fetches = Fetches(monkeypatch)
+    reader = target.image(image, ahead=True)
+    for number in (0, 50, 7, 90, 30, 60, 10, 80):
+        reader.read(number * CHUNK, 100)
+    reader.close()
+    assert not fetches.ahead and len(fetches.direct) == 8
+
+
+def test_what_cannot_be_read_ahead_fails_for_who_wants_it(target: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not before: a guest that never comes there is not told."""
+    data = os.urandom(20 * CHUNK)
+    fetches = Fetches(monkeypatch)
+    fetches.broken = True
+    reader = target.image(put(target, data).image, ahead=True)
+    assert b"".join(reader.read(at, CHUNK) for at in range(0, len(data), CHUNK)) == data
+    reader.close()
+    assert fetches.ahead, "nothing was tried"

@@ -63,8 +63,8 @@ def walk(place: store.Store, image_ids: Sequence[str]) -> tuple[int, int, dict[t
             if entry.raw:
                 referenced += entry.raw
                 places[entry.pack, entry.offset] = (entry.raw, entry.stored + layout.ENTRY_HEADER.size)
-        for leaf in range(len(reader.table.leaves)):
-            entry = layout.entry_at(reader.table.leaves, leaf)
+        for leaf in range(layout.leaf_count(reader.size)):
+            entry = reader.table.leaf(leaf)
             if entry.raw:
                 places[entry.pack, entry.offset] = (0, entry.stored + layout.ENTRY_HEADER.size)
     return logical, referenced, places
@@ -106,7 +106,7 @@ def test_unique_is_what_a_removal_makes_garbage(place: store.Store) -> None:
     after = usage.measure(place)
     assert before.total.compressed - after.total.compressed == one.usage.unique > 0
     records = after.dead_bytes - one.usage.unique
-    assert records > 0 and records % layout.RECORD_TYPE.itemsize == 0, "and its records in the packs' indexes"
+    assert records > 0 and records % layout.RECORD.size == 0, "and its records in the packs' indexes"
 
 
 def test_what_is_pinned_is_nobodys_alone(place: store.Store) -> None:

@@ -15,7 +15,7 @@ from types import FrameType
 import click
 from rich.console import Console
 
-from benchmarks import context, figures, machine
+from benchmarks import chart, context, figures, machine
 
 MIN_WIDTH = 120
 """Of the table, also where the output is no terminal."""
@@ -27,6 +27,7 @@ Examples:
   tools/bench io                      the data path beside qemu-nbd and nbdkit
   tools/bench checkpoint --quick      the pause that a checkpoint adds, in under 5 minutes
   tools/bench all --json out.json     everything, with all samples in a file
+  tools/bench io --chart io.svg       the same as a picture (.png, .svg)
   tools/bench io --dir /mnt/fast      on another file system
 
 \b
@@ -55,11 +56,17 @@ def _measure(names: list[str], directory: Path, quick: bool, console: Console) -
 @click.option("--quick", is_flag=True, help="Fewer rounds and shorter samples: each bench ends within 5 minutes.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the result there.")
 @click.option(
+    "--chart", "chart_path", type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw the figures there; the suffix says how (.png, .svg).",
+)  # fmt: skip
+@click.option(
     "--dir", "directory", type=click.Path(exists=True, file_okay=False, path_type=Path), default="/var/tmp",
     show_default=True, help="Where disks, stores and overlays are made and removed again.",
 )  # fmt: skip
 @click.option("--strict", is_flag=True, help="Exit with 1 when a bar is missed.")
-def main(names: tuple[str, ...], quick: bool, json_path: Path | None, directory: Path, strict: bool) -> None:
+def main(
+    names: tuple[str, ...], quick: bool, json_path: Path | None, chart_path: Path | None, directory: Path, strict: bool
+) -> None:
     """Measure blkckpt beside its peers.  NAME is io, scale, checkpoint, restore, diff, store, history, or all."""
     console = Console(stderr=True)
     signal.signal(signal.SIGTERM, _interrupted)
@@ -67,6 +74,8 @@ def main(names: tuple[str, ...], quick: bool, json_path: Path | None, directory:
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     result: dict[str, object] = {"when": when, "machine": machine.describe(directory)}
     try:
+        if chart_path is not None:
+            chart.need()
         found = _measure(chosen, directory, quick, console)
     except context.BenchError as error:
         console.print(f"[red]bench:[/] {error}", highlight=False)
@@ -77,6 +86,8 @@ def main(names: tuple[str, ...], quick: bool, json_path: Path | None, directory:
     output.print(figures.table(found))
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    if chart_path is not None:
+        chart.write(found, chart_path)
     if strict and any(figure.holds is False for figure in found):
         sys.exit(1)
 

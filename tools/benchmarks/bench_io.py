@@ -1,90 +1,286 @@
-"""4 KiB random reads and writes at queue depth 32 on an overlay, page cache warm.
+"""Guest I/O over NBD beside nbdkit and QEMU: every state of a disk, page cache warm.
 
-Three states of an overlay are measured, because a server can be quick in one and slow in another:
+States, each sample from a server of its own:
 
-``randread``       one block in 64 is in the overlay, so reads cross both layers, as some time after a checkpoint
-``randwrite``      the overlay is new: (nearly) every write finds its block, and in qcow2 its 64 KiB cluster, not
-                   yet there.  A fixed number of writes over a large disk, so that every server does the same work;
-                   on a small one qcow2's clusters are all copied within a second and the rest is overwriting
-``randoverwrite``  every block written is in the overlay already.  Kind to qcow2; context, nothing is demanded
+``fresh``    a new and empty overlay on a base of 4 GiB; a fixed number of 4 KiB writes, none twice at one place: what
+             a guest feels just after a checkpoint, and the same work for everybody (on a small disk qcow2's 64 KiB
+             clusters are all copied within a second, and the rest is overwriting)
+``mixed``    the same overlay after 16384 such writes: one block in 64 is in it, reads cross both layers
+``warm``     an overlay that holds all that is read and written (nbdkit's file plugin has none: the ceiling)
+``base``     no overlay
+``deep``     the same data spread over three overlays
+``filling``  a restored disk that still reads from its compressed image
+``copy``, ``commit``  see :mod:`benchmarks.jobs`
+
+*Ours* is measured with the C fast path, where it is built, and without ("blkckpt python").  Figures that name no
+variant are of the best there is.  Where a file was written or read ahead in large pieces, its page cache is in large
+folios, and each small write costs 20 us more, for every server: so the warm data is written in blocks of 4 KiB, into
+an empty page cache, for everybody.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable
+import random
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from benchmarks import context, figures, fio, product, servers
+from benchmarks import context, figures, fio, jobs, product, servers
 
-DESCRIPTION = "4 KiB random I/O at queue depth 32 on an overlay, over NBD, page cache warm"
+DESCRIPTION = "guest I/O over NBD in every state of a disk, beside nbdkit and QEMU, page cache warm"
 
-OURS, QCOW2 = "blkckpt python", "qemu-nbd qcow2"
-
-PEERS: dict[str, servers.Server] = {
-    OURS: product.overlay_server,
-    QCOW2: servers.qemu_qcow2,
-    "qemu-nbd raw": servers.qemu_raw,
-    "nbdkit file": servers.nbdkit_file,
-    "nbdkit file + cow": servers.nbdkit_cow,
-}
-"""Ours and the bar's peer work on an overlay and take turns.  The others are context, measured after them in turns of
-their own, fewer: they have no overlay, or one that is not durable."""
+FAST, PYTHON = "blkckpt", "blkckpt python"
+QCOW2, RAW, FILE, COW = "qemu-nbd qcow2", "qemu-nbd raw", "nbdkit file", "nbdkit file + cow"
 
 SIZE = 4 << 30
 WRITES = 16384
-HOT = 256 << 20
-"""What ``randoverwrite`` works on."""
+HOT = 128 << 20
+"""What the warm state works on: all of it is in the overlay."""
+
+READ, WRITE = fio.Cell("randread4k", "randread"), fio.Cell("randwrite4k", "randwrite")
+SEQUENTIAL_READ = fio.Cell("read256k", "read", "256k", 8)
+WARM = (
+    READ,
+    WRITE,
+    fio.Cell("randread256k", "randread", "256k", 8),
+    fio.Cell("randwrite256k", "randwrite", "256k", 8),
+    fio.Cell("qd1_read4k", "randread", depth=1),
+    fio.Cell("qd1_write4k", "randwrite", depth=1),
+)
+MORE = (
+    SEQUENTIAL_READ,
+    fio.Cell("write256k", "write", "256k", 8),
+    fio.Cell("fsync16_write4k", "randwrite", options=("--fsync=16",)),
+    fio.Cell("mixed70_4k", "randrw", options=("--rwmixread=70",)),
+)
+
+Samples = Mapping[str, figures.Samples]
+Serve = Callable[[Path, Path], AbstractContextManager[str]]
 
 
-def _read(uri: str, context_: context.Context, seed: int) -> float:
-    fio.counted(uri, "randwrite", SIZE, context_.directory, operations=WRITES, seed=7)
-    seconds = context_.pick(2, 8)
-    return fio.timed(uri, "randread", SIZE, context_.directory, seconds=seconds, seed=seed)
+def _ours() -> dict[str, product.Server]:
+    """Our variants; the best one first."""
+    variants = {FAST: product.Server(fast=True)} if product.fast_path() else {}
+    return {**variants, PYTHON: product.Server(fast=False)}
 
 
-def _write(uri: str, context_: context.Context, seed: int) -> float:
-    return fio.counted(uri, "randwrite", SIZE, context_.directory, operations=WRITES, seed=seed)
+class Bench:
+    """One run: the base, the variants, and what has been found."""
 
+    def __init__(self, context_: context.Context) -> None:
+        self.context = context_
+        self.directory = context_.directory
+        self.base = context_.directory / "base.raw"
+        self.ours = _ours()
+        self.best = next(iter(self.ours))
+        self.found: list[figures.Figure] = []
 
-def _overwrite(uri: str, context_: context.Context, seed: int) -> float:
-    fio.allocate(uri, HOT, context_.directory)
-    seconds = context_.pick(2, 8)
-    return fio.timed(uri, "randwrite", HOT, context_.directory, seconds=seconds, seed=seed)
+    def ratio(self, name: str, over: str, under: str, peers: Samples, bar: figures.Bar | None) -> None:
+        self.found.append(figures.ratio(name, over, under, peers, bar))
 
+    def fresh(self, serve: Serve) -> AbstractContextManager[str]:
+        context.warm(self.base)
+        context.settle()
+        return serve(self.base, self.directory)
 
-WORK: dict[str, tuple[Callable[[str, context.Context, int], float], figures.Bar | None]] = {
-    "randread": (_read, figures.at_least(1.0)),
-    "randwrite": (_write, figures.at_least(1.5)),
-    "randoverwrite": (_overwrite, None),
-}
+    # ---- fresh and mixed ----
 
-
-def _measure(context_: context.Context, base: Path, work: Callable[..., float]) -> dict[str, figures.Samples]:
-    def sampler(name: str) -> Callable[[], float]:
+    def overlays(self) -> None:
+        """First touches, then reads across both layers, of one overlay."""
+        serves: dict[str, Serve] = {name: server.overlay for name, server in self.ours.items()}
+        serves |= {QCOW2: servers.qemu_qcow2, COW: servers.nbdkit_cow}
         seeds = itertools.count(1)
 
-        def sample() -> float:
-            """A fresh server with an empty overlay, so that every sample starts from the same state."""
+        def sample(serve: Serve) -> dict[str, float]:
+            with self.fresh(serve) as uri:
+                seed = next(seeds)
+                used = servers.processor_seconds(self.directory)
+                first = fio.counted(uri, WRITE, SIZE, self.directory, operations=WRITES, seed=seed)
+                used = servers.processor_seconds(self.directory) - used
+                mixed, read_used = self._timed(uri, READ, SIZE, self.context.pick(1, 5), seed)
+                return {"first": first, "first, us": used * 1e6 / WRITES, "mixed": mixed, "mixed, us": read_used}
+
+        self.context.say(f"a new overlay: first writes, then reads across it: {', '.join(serves)}")
+        samplers = {name: functools.partial(sample, serve) for name, serve in serves.items()}
+        cells = self.context.cells(self.context.pick(3, 7), samplers, "IOPS")
+        first, mixed = cells["first"], cells["mixed"]
+        self.ratio("randread4k_python_vs_qcow2", PYTHON, QCOW2, mixed, figures.at_least(1.0))
+        self.ratio("randwrite4k_python_vs_qcow2", PYTHON, QCOW2, first, figures.at_least(1.5))
+        self.ratio("firstwrite4k_vs_qcow2", self.best, QCOW2, first, figures.at_least(2.5))
+        self.ratio("firstwrite4k_vs_cow", self.best, COW, first, figures.at_least(2.5))
+        self._processor("mixed_randread4k", PYTHON, cells["mixed, us"])
+        self._processor("firstwrite4k", PYTHON, cells["first, us"])
+
+    def _timed(self, uri: str, cell: fio.Cell, size: int, seconds: float, seed: int) -> tuple[float, float]:
+        """Operations a second, and the server's processor time for each in us."""
+        used = servers.processor_seconds(self.directory)
+        rate = fio.timed(uri, cell, size, self.directory, seconds=seconds, seed=seed)
+        used = servers.processor_seconds(self.directory) - used
+        return rate, used * 1e6 / (rate * (seconds + float(fio.RAMP)))
+
+    def _processor(self, cell: str, ours: str, peers: Samples) -> None:
+        """Processor time an operation costs the server: what is left to the guest, and steady on a busy machine."""
+        named = {name: figures.Samples(samples.values, "us") for name, samples in peers.items()}
+        self.found.append(figures.Figure(f"{cell}_cpu_us", "us", named[ours].median, named))
+
+    # ---- warm ----
+
+    def warm(self) -> None:
+        """Overwriting and reading what is in the overlay; nbdkit file is the ceiling."""
+        whole = [(0, HOT)]
+        serves: dict[str, Serve] = {
+            name: functools.partial(self._stacked, server, [whole]) for name, server in self.ours.items()
+        }
+        serves |= {QCOW2: servers.qemu_qcow2, COW: servers.nbdkit_cow, FILE: servers.nbdkit_file}
+        cells = self._cells("a warm overlay", serves, self.context.pick(2, 5), WARM, allocate=(QCOW2, COW, FILE))
+        best = self.best
+        for kind, bars in (("randread4k", (1.2, 2.5, 0.85)), ("randwrite4k", (5, 5, 0.85))):
+            for peer, label, bar in zip((COW, QCOW2, FILE), ("cow", "qcow2", "file"), bars, strict=True):
+                self.ratio(f"{kind}_vs_{label}", best, peer, cells[kind], figures.at_least(bar))
+        for kind, bar in (("randread256k", 0.9), ("randwrite256k", 0.9), ("qd1_read4k", 0.85), ("qd1_write4k", 0.85)):
+            self.ratio(f"{kind}_vs_file", best, FILE, cells[kind], figures.at_least(bar))
+        for name in ("randread4k", "randwrite4k"):
+            self._processor(f"warm_{name}", best, cells[f"{name}, us"])
+        if not self.context.quick:
+            more = self._cells("more of it", serves, 3, MORE, allocate=(QCOW2, COW, FILE))
+            for cell in MORE:
+                self.ratio(f"{cell.name}_vs_file", best, FILE, more[cell.name], None)
+
+    def _stacked(
+        self, server: product.Server, layers: Sequence[Sequence[tuple[int, int]]], base: Path, directory: Path
+    ) -> AbstractContextManager[str]:
+        return server.stacked(base, directory, layers)
+
+    def _cells(
+        self, what: str, serves: Mapping[str, Serve], rounds: int, cells: Sequence[fio.Cell], allocate: Sequence[str]
+    ) -> Mapping[str, Samples]:
+        """Every cell on one server a round; reads first, and the data is brought to the same state before."""
+
+        def sample(name: str) -> dict[str, float]:
+            with self.fresh(serves[name]) as uri:
+                if name in allocate:
+                    context.forget(self.base)
+                    fio.allocate(uri, HOT, self.directory, "4k")
+                context.settle()
+                fio.once(uri, SEQUENTIAL_READ, HOT, self.directory)  # what was written may have left the page cache
+                seconds, found = self.context.pick(1, 4), {}
+                for cell in cells:
+                    found[cell.name], found[f"{cell.name}, us"] = self._timed(uri, cell, HOT, seconds, 1)
+                return found
+
+        self.context.say(f"{what}: {', '.join(serves)}")
+        return self.context.cells(rounds, {name: functools.partial(sample, name) for name in serves}, "IOPS")
+
+    # ---- base, deep, filling ----
+
+    def rest(self) -> None:
+        """No overlay: what a guest has between checkpoints."""
+        serves: dict[str, Serve] = {name: server.base for name, server in self.ours.items()}
+        serves |= {RAW: servers.qemu_raw, FILE: servers.nbdkit_file}
+        cells = self._cells("at rest", serves, 3, (READ, WRITE), allocate=())
+        for cell in (READ, WRITE):
+            self.ratio(f"{cell.name}_at_rest_vs_file", self.best, FILE, cells[cell.name], None)
+
+    def deep(self) -> None:
+        """Three overlays over each other, beside one with the same data."""
+        server = self.ours[self.best]
+        labels = {"one overlay": [[(0, HOT)]], "three overlays": _spread()}
+        serves: dict[str, Serve] = {
+            f"{self.best}, {label}": functools.partial(self._stacked, server, layers)
+            for label, layers in labels.items()
+        }
+        cells = self._cells("deep", serves, self.context.pick(2, 5), (READ,), allocate=())
+        one, three = serves
+        self.ratio("depth3_vs_depth1", three, one, cells[READ.name], figures.at_least(0.9))
+
+    def filling(self) -> None:
+        """Sequential reads of a disk that is being filled from its image, beside the raw base."""
+        base = self.directory / "filling.raw"
+        context.compressible_file(base, HOT * 4)
+        server = self.ours[self.best]
+        serves: dict[str, Serve] = {f"{self.best}, filling": server.filling, f"{self.best}, base": server.base}
+
+        def sample(serve: Serve) -> float:
             context.warm(base)
             context.settle()
-            with PEERS[name](base, context_.directory) as uri:
-                return work(uri, context_, next(seeds))
+            with serve(base, self.directory) as uri:
+                return fio.once(uri, SEQUENTIAL_READ, HOT * 4, self.directory)
 
-        return sample
+        self.context.say("a restored disk that is being filled")
+        samplers = {name: functools.partial(sample, serve) for name, serve in serves.items()}
+        peers = self.context.round_robin(self.context.pick(2, 5), samplers, "IOPS")
+        filling, raw = serves
+        self.ratio("filling_read256k_vs_base", filling, raw, peers, figures.at_least(0.6))
 
-    measured = context_.round_robin(context_.pick(3, 7), {name: sampler(name) for name in (OURS, QCOW2)}, "IOPS")
-    others = [name for name in PEERS if name not in measured]
-    return {**measured, **context_.round_robin(context_.pick(1, 3), {name: sampler(name) for name in others}, "IOPS")}
+    # ---- through QEMU ----
+
+    def through_qemu(self) -> None:
+        """QEMU's own NBD client, as a guest's disk has it, with ``qemu-img bench``.
+
+        Not in a guest: one that is emulated (TCG) does a few hundred operations a second, whatever the server.
+        """
+        serves: dict[str, Serve] = {
+            name: functools.partial(self._stacked, server, [[(0, HOT)]]) for name, server in self.ours.items()
+        }
+        serves |= {QCOW2: servers.qemu_qcow2, FILE: servers.nbdkit_file}
+
+        def sample(name: str) -> dict[str, float]:
+            with self.fresh(serves[name]) as uri:
+                if name in (QCOW2, FILE):
+                    fio.allocate(uri, HOT, self.directory)
+                count = self.context.pick(20000, 60000)
+                return {"read": _qemu_bench(uri, count, []), "write": _qemu_bench(uri, count, ["-w"])}
+
+        self.context.say("through QEMU's block layer (qemu-img bench)")
+        cells = self.context.cells(
+            self.context.pick(1, 5), {name: functools.partial(sample, name) for name in serves}, "IOPS"
+        )
+        for kind in ("read", "write"):
+            self.ratio(f"qemu_{kind}4k_vs_file", self.best, FILE, cells[kind], None)
+
+
+def _qemu_bench(uri: str, count: int, options: list[str]) -> float:
+    """4 KiB operations a second of QEMU's block layer at depth 32, a step of 68 KiB apart, inside HOT."""
+    command = [servers.need("qemu-img"), "bench", "-f", "raw", "-c", str(min(count, HOT // 69632 - 1)), "-d", "32",
+               "-s", "4096", "-S", "69632", *options, uri]  # fmt: skip
+    rates = []
+    for _ in range(max(1, count // (HOT // 69632))):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        if result.returncode != 0:
+            raise context.BenchError(f"qemu-img bench failed: {result.stderr.strip()[-300:]}")
+        seconds = float(result.stdout.split("completed in ")[1].split()[0])
+        rates.append((HOT // 69632 - 1) / seconds)
+    return figures.Samples(rates, "IOPS").median
+
+
+def _spread() -> list[list[tuple[int, int]]]:
+    """HOT in pieces of 64 KiB, dealt at random to three layers."""
+    rng, layers = random.Random(3), [[], [], []]  # type: tuple[random.Random, list[list[tuple[int, int]]]]
+    for offset in range(0, HOT, 65536):
+        layers[rng.randrange(3)].append((offset, 65536))
+    return layers
+
+
+def _parts(bench: Bench) -> Iterator[Callable[[], None]]:
+    yield bench.overlays
+    yield bench.warm
+    yield bench.deep
+    yield lambda: bench.found.extend(jobs.run(bench.context, bench.ours[bench.best], bench.best))
+    yield bench.filling
+    yield bench.through_qemu
+    if not bench.context.quick:
+        yield bench.rest
 
 
 def run(context_: context.Context) -> list[figures.Figure]:
-    base = context_.directory / "base.raw"
+    bench = Bench(context_)
+    if FAST not in bench.ours:
+        context_.say("the C fast path is not built here: its figures are of the Python plugin alone")
     context_.say("making a 4 GiB base of random data")
-    context.random_file(base, SIZE)
-    found = []
-    for name, (work, bar) in WORK.items():
-        context_.say(f"{name}: {', '.join(PEERS)}")
-        peers = _measure(context_, base, work)
-        found.append(figures.ratio(f"{name}4k_python_vs_qcow2", OURS, QCOW2, peers, bar))
-    return found
+    context.random_file(bench.base, SIZE)
+    for part in _parts(bench):
+        part()
+    return bench.found

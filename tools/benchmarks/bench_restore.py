@@ -1,11 +1,22 @@
 """From nothing to the first output of a restored guest: lazily by us, beside QEMU reading the whole stream.
 
 The peer is QEMU alone: the same guest on a raw disk, its memory saved by QEMU's background snapshot into a file,
-started with ``-incoming`` from that file.  Before each sample the page cache of the machine is dropped: the stream,
-our image, and both programs' own files are read from the disk.
+started with ``-incoming`` from that file.  The time runs from the command to the guest's first line, the start of our
+interpreters and of nbdkit included.
 
-The figure with a bar is what a user sees: from the command to the guest's first line, the start of our interpreters
-and of nbdkit included.  The other one begins, for both, at the start of the QEMU process.
+What is cold.  Before each sample the page cache of the whole machine is dropped.  Then, for both alike, another and
+small guest is restored by us and started from a stream by QEMU, and stopped: QEMU, its libraries and firmware, Python
+and our programs are in memory again, as they are on a host that runs virtual machines, and *all data of the guest* is
+on the disk: the stream; our memory image, manifest and chunks; the disks.  That nothing of the stream and of the image
+is cached is checked before every sample.
+
+The figures::
+
+    lazy_restore_speedup        2 GiB guest with 640 MiB of random data, as described; this one has a bar
+    lazy_restore_speedup_qemu   of the same samples, from the start of our QEMU process on
+    lazy_restore_speedup_cold   the same guest when the programs are on the disk too: a host's first restore after boot
+    lazy_restore_speedup_4g     4 GiB guest with 2.5 GiB of random data: the peer's time grows with the data (not
+                                with --quick)
 """
 
 from __future__ import annotations
@@ -14,63 +25,89 @@ import contextlib
 import itertools
 import json
 import os
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import context, figures, guests, product
 from tests.support import guest
 
-DESCRIPTION = "restore of a 2 GiB guest to its first output: lazily, and plain -incoming; caches dropped"
+DESCRIPTION = "lazy restore of a guest to its first output, and plain -incoming; the guest's data on the disk"
 
 OURS, QEMU = "blkckpt restore", "qemu -incoming"
-MEMORY, RANDOM_MIB = 2048, 640
 DISK = 1 << 28
-OPTIONS = {"fill": RANDOM_MIB, "dirty": 20, "beat": 20}
+BEAT_MS = 20
 """A heartbeat every 20 ms: how finely "first output" can be told."""
 
 
-def _first_output(serial: guest.Serial, timeout: float = 120) -> None:
-    serial.accept(timeout).beat(timeout)
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A guest: megabytes of memory, and of them random data."""
+
+    name: str
+    memory: int
+    fill: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"fill": self.fill, "dirty": 20, "beat": BEAT_MS}
 
 
-@contextlib.contextmanager
-def _stream(context_: context.Context) -> Iterator[tuple[list[str], guest.Serial]]:
-    """QEMU's own full stream of the guest in ``stream``; gives the command line that it was made with."""
-    disk = context_.directory / "plain.raw"
-    with disk.open("wb") as file:
-        file.truncate(DISK)
-    with guests.serial(context_.directory) as serial:
-        command = [*guest.machine(serial.path, "idle", memory=MEMORY, **OPTIONS), *guest.disk_arguments([disk])]
-        with guests.plain(context_.directory, command, serial) as running:
-            running.monitor.background_snapshot(f"exec:cat > {context_.directory / 'stream'}")
-        yield command, serial
+SMALL = Size("small", 128, 8)
+USUAL = Size("usual", 2048, 640)
+LARGE = Size("large", 4096, 2560)
 
 
-def _plain(context_: context.Context, command: list[str], serial: guest.Serial) -> float:
-    context.drop_caches()
-    stream = context_.directory / "stream"
-    log = context_.directory / "incoming.log"
-    began = time.monotonic()
-    with context.process([*command, "-incoming", f"exec:cat {stream}"], log=log):
-        _first_output(serial)
-        return time.monotonic() - began
+class Plain:
+    """A guest of QEMU alone and its full stream in a file."""
+
+    def __init__(self, context_: context.Context, size: Size, serial: guest.Serial) -> None:
+        self._context, self._serial = context_, serial
+        self.stream = context_.directory / f"{size.name}.stream"
+        disk = context_.directory / f"{size.name}.raw"
+        with disk.open("wb") as file:
+            file.truncate(DISK)
+        machine = guest.machine(serial.path, "idle", memory=size.memory, **size.options)
+        self._command = [*machine, *guest.disk_arguments([disk])]
+        with guests.plain(context_.directory, self._command, serial) as running:
+            running.monitor.background_snapshot(f"exec:cat > {self.stream}")
+
+    @property
+    def data(self) -> list[Path]:
+        """What has to be cold."""
+        return [self.stream]
+
+    def sample(self) -> float:
+        began = time.monotonic()
+        command = [*self._command, "-incoming", f"exec:cat {self.stream}"]
+        with context.process(command, log=self._context.directory / "incoming.log"):
+            _first_output(self._serial)
+            return time.monotonic() - began
 
 
 class Ours:
-    """Restores checkpoint ``origin@c`` again and again; the user waits from the command to the first line."""
+    """A checkpoint, restored again and again; the user waits from the command to the first line."""
 
-    def __init__(self, box: guest.Sandbox) -> None:
-        self._box = box
+    def __init__(self, box: guest.Sandbox, size: Size) -> None:
+        self._box, self._name = box, size.name
         self._numbers = itertools.count()
         self.machine: list[float] = []
-        """Of that, seconds from the start of the QEMU process: the rest is our own processes starting."""
+        """Of each sample, seconds from the start of the QEMU process: the rest is our own processes starting."""
+        with guests.ours(box, size.name, "idle", size.memory, DISK, **size.options):
+            box.run("checkpoint", size.name, "--name", "c", timeout=600)
+
+    @property
+    def data(self) -> list[Path]:
+        """What has to be cold."""
+        home = self._box.home
+        return [*(home / "vms" / self._name / "memory").rglob("*.raw"), *(home / "store" / "packs").rglob("*.pack")]
 
     def sample(self) -> float:
-        name = f"copy{next(self._numbers)}"
-        context.drop_caches()
+        name = f"{self._name}{next(self._numbers)}"
         began, began_boot = time.monotonic(), time.clock_gettime(time.CLOCK_BOOTTIME)
-        restoring = self._box.start("restore", "origin@c", "--as", name, "--detach", "--json")
+        restoring = self._box.start("restore", f"{self._name}@c", "--as", name, "--detach", "--json")
         try:
             _first_output(self._box.serial)
             took = time.monotonic() - began
@@ -84,27 +121,80 @@ class Ours:
         return took
 
 
+def _first_output(serial: guest.Serial, timeout: float = 120) -> None:
+    serial.accept(timeout).beat(timeout)
+
+
 def _started(pid: int) -> float:
     """When process *pid* was started, seconds of CLOCK_BOOTTIME (to 10 ms)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
+def _cached(path: Path) -> int:
+    """Bytes of *path* that are in the page cache."""
+    command = ["fincore", "--bytes", "--noheadings", "--output", "res", str(path)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _cold(one: Plain | Ours, warm_programs: Callable[[], None] | None) -> float:
+    """A sample of *one* with its data on the disk, and the programs in memory if *warm_programs* brings them there."""
+    context.drop_caches()
+    if warm_programs:
+        warm_programs()
+    for path in one.data:
+        if found := _cached(path):
+            raise context.BenchError(f"{found} bytes of {path} are in the page cache, which was dropped")
+    return one.sample()
+
+
+@contextlib.contextmanager
+def _small(context_: context.Context, serial: guest.Serial) -> Iterator[Callable[[], None]]:
+    """A small guest in a home of its own: what it gives brings the programs of both peers into the page cache."""
+    with product.sandbox(context_.directory, "programs") as box:
+        both = (Ours(box, SMALL), Plain(context_, SMALL, serial))
+
+        def warm() -> None:
+            for one in both:
+                one.sample()
+
+        yield warm
+
+
+def _peers(
+    context_: context.Context, size: Size, serial: guest.Serial, warm: Callable[[], None], rounds: int, cold: int
+) -> tuple[dict[str, figures.Samples], dict[str, figures.Samples], figures.Samples]:
+    """Samples of both peers with the programs in memory and (*cold* rounds) without; our QEMU's share of the first."""
+    context_.say(f"a checkpoint of a guest of {size.memory} MiB with {size.fill} MiB of random data")
+    with product.sandbox(context_.directory) as box:
+        ours = Ours(box, size)
+        context_.say("the same guest under QEMU alone, its full stream in a file")
+        plain = Plain(context_, size, serial)
+        context_.say("their data on the disk, the programs in memory")
+        samplers = {OURS: lambda: _cold(ours, warm), QEMU: lambda: _cold(plain, warm)}
+        found = context_.round_robin(rounds, samplers, "s")
+        machine = figures.Samples(list(ours.machine), "s")
+        everything = {}
+        if cold:
+            context_.say("data and programs on the disk")
+            samplers = {OURS: lambda: _cold(ours, None), QEMU: lambda: _cold(plain, None)}
+            everything = context_.round_robin(cold, samplers, "s")
+        plain.stream.unlink()
+    return found, everything, machine
+
+
 def run(context_: context.Context) -> list[figures.Figure]:
     guests.need_image()
     if not Path("/proc/sys/vm/drop_caches").exists():
         raise context.BenchError("the page cache cannot be dropped here; run as root")
-    with product.sandbox(context_.directory) as box:
-        context_.say(f"a checkpoint of a 2 GiB guest with {RANDOM_MIB} MiB of random data")
-        with guests.ours(box, "origin", "idle", MEMORY, DISK, **OPTIONS):
-            box.run("checkpoint", "origin", "--name", "c", timeout=600)
-        context_.say("the same guest under QEMU alone, its full stream in a file")
-        with _stream(context_) as (command, serial):
-            ours = Ours(box)
-            samplers = {OURS: ours.sample, QEMU: lambda: _plain(context_, command, serial)}
-            peers = context_.round_robin(context_.pick(3, 7), samplers, "s")
-    machine = {"its QEMU alone": figures.Samples(ours.machine, "s"), QEMU: peers[QEMU]}
+    rounds = context_.pick(3, 7)
+    with guests.serial(context_.directory) as serial, _small(context_, serial) as warm:
+        usual, cold, machine = _peers(context_, USUAL, serial, warm, rounds, context_.pick(1, 3))
+        large = None if context_.quick else _peers(context_, LARGE, serial, warm, 3, 0)[0]
+    alone = {"its QEMU alone": machine, QEMU: usual[QEMU]}
     return [
-        figures.ratio("lazy_restore_speedup", QEMU, OURS, peers, figures.at_least(8)),
-        figures.ratio("lazy_restore_speedup_qemu", QEMU, "its QEMU alone", machine, None),
+        figures.ratio("lazy_restore_speedup", QEMU, OURS, usual, figures.at_least(8)),
+        figures.ratio("lazy_restore_speedup_qemu", QEMU, "its QEMU alone", alone, None),
+        figures.ratio("lazy_restore_speedup_cold", QEMU, OURS, cold, None),
+        *([figures.ratio("lazy_restore_speedup_4g", QEMU, OURS, large, None)] if large else []),
     ]

@@ -1,4 +1,4 @@
-"""Does the size of a disk matter?  Switch time of a 1 TiB sparse disk beside a 1 GiB one, and the server's memory."""
+"""Does the size of a disk matter?  Switch time of sparse disks of 1 GiB to 4 TiB, and the memory of server and maps."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from blkckpt import paths
 from blkckpt.control import client
 from tests.support import guest
 
-DESCRIPTION = "a 1 TiB sparse disk beside a 1 GiB one: the switch, and the server's memory"
+DESCRIPTION = "sparse disks of 1 GiB to 4 TiB: the switch, and the memory of server and maps"
 
-SMALL, LARGE = "1 GiB", "1 TiB"
-SIZES = {SMALL: 1 << 30, LARGE: 1 << 40}
+SMALL, MIDDLE, LARGE, HUGE = "1 GiB", "64 GiB", "1 TiB", "4 TiB"
+SIZES = {SMALL: 1 << 30, MIDDLE: 1 << 36, LARGE: 1 << 40, HUGE: 1 << 42}
 WRITES = 500
 """Random 4 KiB writes all over each disk before and after each switch: maps and layers are in use, not untouched."""
 
@@ -40,6 +40,11 @@ def _resident_mb(pid: int, field: str) -> float:
     return int(match.group(1)) / 1024
 
 
+def _maps_mb(vm: paths.VmPaths) -> float:
+    """What the live maps take of memory."""
+    return sum(path.stat().st_blocks for path in vm.live.iterdir()) * 512 / 2**20
+
+
 def _switch_ms(connection: client.Client, vm: paths.VmPaths, size: int, seed: int) -> float:
     """A whole checkpoint's way but for the copy; the switch alone is timed, at the control socket."""
     _write(product.uri(vm), size, seed)
@@ -56,25 +61,28 @@ def run(context_: context.Context) -> list[figures.Figure]:
     with contextlib.ExitStack() as stack:
         box: guest.Sandbox = stack.enter_context(product.sandbox(context_.directory))
         samplers: dict[str, Callable[[], float]] = {}
-        pids = {}
+        pids, vms = {}, {}
         for number, (label, size) in enumerate(SIZES.items()):
             base = context_.directory / f"{number}.raw"
             with base.open("wb") as file:
                 file.truncate(size)
             vm = stack.enter_context(product.served(box, f"scale{number}", base))
             connection = stack.enter_context(product.driver(vm))
-            pids[label] = connection.welcome.pid
+            pids[label], vms[label] = connection.welcome.pid, vm
             seeds = iter(range(1, 1000))
             samplers[label] = lambda c=connection, v=vm, s=size, n=seeds: _switch_ms(c, v, s, next(n))  # type: ignore[misc]
-        context_.say(f"switching both disks in turns, {WRITES} random writes before and after each switch")
-        switches = context_.round_robin(context_.pick(15, 31), samplers, "ms")
+        context_.say(f"switching the disks in turns, {WRITES} random writes before and after each switch")
+        switches = context_.round_robin(context_.pick(9, 31), samplers, "ms")
         resident = {
             f"{label}, {field}": figures.Samples([_resident_mb(pid, field)], "MiB")
             for label, pid in pids.items()
             for field in ("VmRSS", "VmHWM")
         }
+        maps = {label: figures.Samples([_maps_mb(vm)], "MiB") for label, vm in vms.items()}
         return [
             figures.ratio("sparse1t_switch_vs_1g", LARGE, SMALL, switches, figures.at_most(2)),
+            figures.ratio("sparse4t_switch_vs_1g", HUGE, SMALL, switches, figures.at_most(2)),
+            figures.Figure("sparse4t_maps_mb", "MiB", maps[HUGE].median, maps),
             figures.Figure(
                 "sparse1t_rss_mb", "MiB", resident[f"{LARGE}, VmHWM"].median, resident, figures.at_most(200)
             ),

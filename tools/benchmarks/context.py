@@ -39,15 +39,31 @@ class Context:
         self, rounds: int, samplers: Mapping[str, Callable[[], float]], unit: str
     ) -> dict[str, figures.Samples]:
         """Take *rounds* samples of each, in turns, each round starting with another one."""
-        values: dict[str, list[float]] = {name: [] for name in samplers}
+        one = {name: _single(sample) for name, sample in samplers.items()}
+        return self.cells(rounds, one, unit)[""]
+
+    def cells(
+        self, rounds: int, samplers: Mapping[str, Callable[[], Mapping[str, float]]], unit: str
+    ) -> dict[str, dict[str, figures.Samples]]:
+        """The same for samplers of several cells each: ``result[cell][peer]``."""
+        values: dict[str, dict[str, list[float]]] = {}
         order = list(samplers)
         for turn in range(rounds):
             shift = turn % len(order)
             for name in order[shift:] + order[:shift]:
-                value = samplers[name]()
-                values[name].append(value)
-                self.say(f"  round {turn + 1}/{rounds} {name}: {figures.number(value)} {unit}")
-        return {name: figures.Samples(found, unit) for name, found in values.items()}
+                sample = samplers[name]()
+                for cell, value in sample.items():
+                    values.setdefault(cell, {peer: [] for peer in order})[name].append(value)
+                said = ", ".join(f"{cell} {figures.number(value)}".strip() for cell, value in sample.items())
+                self.say(f"  round {turn + 1}/{rounds} {name}: {said} {unit}")
+        return {
+            cell: {peer: figures.Samples(found, unit) for peer, found in peers.items()}
+            for cell, peers in values.items()
+        }
+
+
+def _single(sample: Callable[[], float]) -> Callable[[], Mapping[str, float]]:
+    return lambda: {"": sample()}
 
 
 @contextlib.contextmanager
@@ -93,12 +109,28 @@ def random_file(path: Path, size: int) -> None:
     settle()
 
 
+def compressible_file(path: Path, size: int) -> None:
+    """As :func:`random_file`, but half of every 4 KiB block is zeros: what compresses about as well as a real disk."""
+    with path.open("wb") as file:
+        for _ in range(size >> 20):
+            noise = os.urandom(1 << 19)
+            file.write(b"".join(noise[at : at + 2048] + bytes(2048) for at in range(0, len(noise), 2048)))
+    settle()
+
+
 def warm(path: Path) -> None:
     """Bring all of *path* into the page cache."""
     buffer = bytearray(4 << 20)
     with path.open("rb", buffering=0) as file:
         while file.readinto(buffer):
             pass
+
+
+def forget(path: Path) -> None:
+    """Let *path*, which is on disk, out of the page cache."""
+    settle()
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def settle() -> None:

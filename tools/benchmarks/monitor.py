@@ -6,6 +6,7 @@ the socket is in them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -37,11 +38,19 @@ class Monitor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # QEMU may have gone
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join(5)
         self._socket.close()
 
     def _read(self) -> None:
+        with contextlib.suppress(ConnectionResetError):  # QEMU has ended with an answer of ours unread
+            self._read_lines()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _read_lines(self) -> None:
         with self._socket.makefile("rb") as lines:
             for line in lines:
                 message = json.loads(line)
@@ -53,9 +62,6 @@ class Monitor:
                     elif "QMP" not in message:
                         self._answers.append(message)
                     self._changed.notify_all()
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
 
     def execute(self, command: str, timeout: float = 120, **arguments: object) -> Any:
         self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")

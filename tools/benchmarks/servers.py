@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ Server = Callable[[Path, Path], AbstractContextManager[str]]
 """``server(base, directory)`` serves raw file *base* and gives the NBD URI."""
 
 
-def _need(program: str) -> str:
+def need(program: str) -> str:
     found = shutil.which(program)
     if found is None:
         raise context.BenchError(f"{program} is not installed; run tools/setup")
@@ -33,19 +34,19 @@ def _serving(command: list[str], directory: Path, socket: Path) -> Iterator[str]
 def nbdkit_file(base: Path, directory: Path) -> AbstractContextManager[str]:
     """nbdkit's C file plugin: no overlay, the ceiling."""
     socket = directory / "nbdkit-file.sock"
-    return _serving([_need("nbdkit"), "-f", "-U", str(socket), "file", str(base)], directory, socket)
+    return _serving([need("nbdkit"), "-f", "-U", str(socket), "file", str(base)], directory, socket)
 
 
 def nbdkit_cow(base: Path, directory: Path) -> AbstractContextManager[str]:
     """nbdkit's own overlay, which lives as long as the server."""
     socket = directory / "nbdkit-cow.sock"
-    return _serving([_need("nbdkit"), "-f", "-U", str(socket), "--filter=cow", "file", str(base)], directory, socket)
+    return _serving([need("nbdkit"), "-f", "-U", str(socket), "--filter=cow", "file", str(base)], directory, socket)
 
 
 def qemu_raw(base: Path, directory: Path) -> AbstractContextManager[str]:
     """qemu-nbd on the raw file itself: no overlay."""
     socket = directory / "qemu-raw.sock"
-    command = [_need("qemu-nbd"), "--persistent", "--shared=8", "-f", "raw", "-k", str(socket), str(base)]
+    command = [need("qemu-nbd"), "--persistent", "--shared=8", "-f", "raw", "-k", str(socket), str(base)]
     return _serving(command, directory, socket)
 
 
@@ -54,7 +55,20 @@ def qemu_qcow2(base: Path, directory: Path) -> AbstractContextManager[str]:
     overlay, socket = directory / "overlay.qcow2", directory / "qemu-qcow2.sock"
     overlay.unlink(missing_ok=True)
     subprocess.run(
-        [_need("qemu-img"), "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "raw", str(overlay)], check=True
+        [need("qemu-img"), "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "raw", str(overlay)], check=True
     )
-    command = [_need("qemu-nbd"), "--persistent", "--shared=8", "-f", "qcow2", "-k", str(socket), str(overlay)]
+    command = [need("qemu-nbd"), "--persistent", "--shared=8", "-f", "qcow2", "-k", str(socket), str(overlay)]
     return _serving(command, directory, socket)
+
+
+def processor_seconds(directory: Path) -> float:
+    """Processor time that the disk server of *directory*, the one that runs there now, has used so far."""
+    used = 0
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            name, _, fields = (entry / "stat").read_text().partition("(")[2].rpartition(")")
+            if name in ("nbdkit", "qemu-nbd") and os.fsencode(directory) in (entry / "cmdline").read_bytes():
+                used += sum(map(int, fields.split()[11:13]))
+    return used / os.sysconf("SC_CLK_TCK")

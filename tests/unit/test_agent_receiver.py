@@ -1,0 +1,37 @@
+"""The agent's end of the memory receiver, while that has no job yet."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from blkckpt.agent import receiver
+
+
+def open_files() -> set[str]:
+    return {entry.name for entry in Path("/proc/self/fd").iterdir()}
+
+
+def test_one_that_was_not_needed_leaves_nothing() -> None:
+    before = open_files()
+    started = receiver.Receiver()
+    [child] = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    started.discard()
+    started.discard()
+    assert not Path(f"/proc/{child}").exists()
+    assert open_files() == before
+
+
+def test_one_with_a_job_is_not_discarded(tmp_path: Path) -> None:
+    started = receiver.Receiver()
+    started.begin(receiver.Job(tmp_path / "nowhere", "vm@c", {}, tmp_path / "raw", keep_raw=False))
+    started.discard()
+    os.close(started.sink)
+    try:
+        with pytest.raises(Exception, match="no checkpoint store"):
+            started.wait(60)
+    finally:
+        started.stop()
+        os.close(started.stream)

@@ -1,0 +1,52 @@
+"""What a user or a guest waits for loads nothing heavy: guarded by names, not by time.
+
+numpy, SQLite, asyncio and rich each cost 30 to 100 ms of processor time in every process that loads them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import guest
+
+HEAVY = frozenset({"numpy", "sqlite3", "asyncio", "rich", "ssl", "qemu", "tempfile", "multiprocessing", "unittest"})
+
+
+def loaded(code: str, *, home: Path) -> set[str]:
+    """The top-level modules that a new interpreter has loaded after *code*."""
+    program = f"import sys\ntry:\n    {code}\nfinally:\n    import json; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=guest.ROOT, env={**os.environ, "BLKCKPT_HOME": str(home)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+
+
+@pytest.mark.parametrize("module", [
+    "agent.supervisor", "cli.main", "cli.restore", "control.host", "restore.machine", "store.store",
+])  # fmt: skip
+def test_modules_on_the_way_to_a_guest(module: str, tmp_path: Path) -> None:
+    found = loaded(f"import blkckpt.{module}", home=tmp_path)
+    assert "blkckpt" in found
+    assert not found & HEAVY
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["list"], ["vm", "list"], ["restore", "--help"], ["status"]], ids=" ".join
+)
+def test_commands(words: list[str], tmp_path: Path) -> None:
+    code = f"from blkckpt.cli import main; main.command({words!r}, prog_name='blkckpt')"
+    found = loaded(code, home=tmp_path)
+    assert {"blkckpt", "click"} <= found
+    assert not found & HEAVY
+
+
+def test_the_guard_sees(tmp_path: Path) -> None:
+    """The negative control: writing chunks does load numpy, and is seen to."""
+    assert "numpy" in loaded("from blkckpt.store import codec; codec.is_zero(bytes(64))", home=tmp_path)
