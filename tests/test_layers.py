@@ -17,8 +17,11 @@ PACKAGE = ROOT / "blkckpt"
 
 RANKS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "lazy"}),
-        "units", "log", "durable", "paths", "disk.barrier", "disk.api", "disk.blocks", "memory.records",
-        "vm.qemuopts", "agent.drain", "agent.options", "exchange.qemuimg",
+    frozenset({"units", "log", "durable", "exchange.qemuimg"}),
+    frozenset({
+        "paths", "disk.barrier", "disk.api", "disk.blocks", "memory.records", "vm.qemuopts", "agent.drain",
+        "agent.options",
+    }),
     # Pure: values and bytes, no process, no socket.
     frozenset({
         "disk.blockmap", "disk.format", "control.messages", "control.wire", "store.layout",
@@ -41,8 +44,10 @@ RANKS: tuple[frozenset[str], ...] = (
         "disk.maps", "memory.assemble", "agent.rundir", "agent.guard", "agent.turn", "agent.consistency",
         "agent.machine", "agent.receiver",
     }),
-        "disk.layer", "agent.rescue", "memory.intake", "store.images", "agent.nbdserver", "store.collect",
-        "store.compare", "store.frozen", "store.writer", "memory.apart", "exchange.pump",
+    frozenset({"disk.layer", "agent.rescue", "memory.intake", "store.images", "agent.nbdserver"}),
+    frozenset({
+        "store.collect", "store.compare", "store.frozen", "store.writer", "memory.apart", "exchange.pump",
+    }),
     frozenset({"disk.chain", "store.store"}),
     frozenset({
         "agent.history", "disk.copier", "disk.commit", "disk.fill", "disk.stack", "store.check", "store.ingest",
