@@ -34,6 +34,8 @@ VERBS = {
     "ls": "List a guest's files in a checkpoint.",
     "cat": "Write a guest's file to standard output.",
     "cp": "Copy a guest's files out of a checkpoint.",
+    "mount": "Mount checkpoints as files.",
+    "umount": "Unmount them again.",
     "restore": "Start a new VM from a checkpoint.",
     "revert": "Take a VM's own disks and state back to a checkpoint.",
     "status": "Show what runs and what is under way.",

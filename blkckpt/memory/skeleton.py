@@ -200,7 +200,7 @@ def decode(data: bytes) -> Skeleton:
 
 
 def read_index(source: Source) -> Index:
-    """Where the parts lie, without reading them; the source must check what it gives (the checksum is not looked at)."""
+    """Where the parts lie, without reading them; the source must check what it gives (there is no checksum then)."""
     header = _header(source.read(0, min(_FIXED.size, source.size)), source.size)
     _check_place(_FIXED.size, header.table, source.size)
     if header.table > MAX_TABLE:

@@ -290,8 +290,8 @@ def used(content: Content) -> int:
 class Cursor:
     """How one open file is being read: whether in order, and how far it has been read ahead of.
 
-    Two requests of a kernel that reads ahead may arrive in either order, so a step of up to ``AHEAD`` in front counts as
-    in order.  Races between threads cost a superfluous or a missing read-ahead, nothing else.
+    Two requests of a kernel that reads ahead may arrive in either order, so a step of up to ``AHEAD`` either way
+    counts as in order.  Races between threads cost a superfluous or a missing read-ahead, nothing else.
     """
 
     __slots__ = ("_ahead", "_content", "_next", "_run")

@@ -23,22 +23,21 @@ logger = log.get(__name__)
 
 def serve(home: paths.Home, orders: mounts.Orders, ready: Callable[[], None]) -> None:
     """Mount and answer until the mount ends; *ready* is called when it is usable."""
-    with mounts.recorded(home, orders) as record:
+    with mounts.recorded(home, orders) as record, contextlib.ExitStack() as closing:
         books = library.Library(lambda: library.store_paths(home), chunks.Chunks(orders.cache))
+        closing.callback(books.close)
         pins = held.Held(record.id)
+        closing.callback(pins.close)
+        root = tree.Tree(books, orders.vm)
+        closing.callback(root.close)
+        operations = fuse.Operations(root, pins, ready, shared=orders.shared)
         try:
-            operations = fuse.Operations(tree.Tree(books, orders.vm), pins, ready, shared=orders.shared)
             fuse.run(
                 Path(orders.directory), record.source, operations,
                 threads=orders.threads, shared=orders.shared, options=orders.options,
             )  # fmt: skip
         except (OSError, RuntimeError) as error:
-            raise errors.BlkckptError(
-                f"mounting on {orders.directory} failed ({error}); what the FUSE library said is in {mounts.log_path(home)}"
-            ) from error
-        finally:
-            pins.close()
-            books.close()
+            raise errors.BlkckptError(f"mounting on {orders.directory} failed ({error})") from error
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -198,7 +198,9 @@ def _reader(one: Mapping[str, Any], size: int, budget: _Budget, depth: int) -> C
             return value
 
         return struct
-    base = kind.split(" ")[0]  # "int32 le" is one that must be less or equal to something; all are big-endian
+    base = kind.split(" ", maxsplit=1)[
+        0
+    ]  # "int32 le" is one that must be less or equal to something; all are big-endian
     if base in _UNSIGNED and size == _UNSIGNED[base]:
         return lambda cursor: int.from_bytes(cursor.take(size))
     if base in _SIGNED and size == _SIGNED[base]:

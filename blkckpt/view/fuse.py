@@ -34,7 +34,7 @@ os.environ.setdefault("FUSE_LIBRARY_NAME", "fuse3")  # before the import: the bi
 import mfusepy
 
 from blkckpt import errors, log
-from blkckpt.view import content, held, tree
+from blkckpt.view import content, held, nodes, tree
 
 TYPE = "blkckpt"
 """The file system's type is ``fuse.blkckpt``."""
@@ -55,8 +55,8 @@ class _Handle:
     """An open file or directory."""
 
     path: str
-    node: tree.Node
-    content: content.Content
+    node: nodes.Node
+    data: content.Content
     cursor: content.Cursor
 
 
@@ -74,7 +74,7 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self.handles: dict[int, _Handle] = {}
-        self._directories: dict[int, tree.Directory] = {}
+        self._directories: dict[int, nodes.Directory] = {}
         self._open: Counter[tuple[str, str]] = Counter()
         self._said: dict[str, float] = {}
 
@@ -93,7 +93,7 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
                     return self.attributes(node)
             return self.attributes(self._find(path))
 
-    def attributes(self, node: tree.Node) -> dict[str, Any]:
+    def attributes(self, node: nodes.Node) -> dict[str, Any]:
         """``struct stat`` of *node*."""
         found = node.attributes()
         mode = found.mode
@@ -109,17 +109,17 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
     def readlink(self, path: str) -> str:
         with self._errors(path):
             node = self._find(path)
-            if not isinstance(node, tree.Link):
+            if not isinstance(node, nodes.Link):
                 raise OSError(errno.EINVAL, "not a link")
             return node.target
 
     def opendir(self, path: str) -> int:
         with self._errors(path):
             node = self._find(path)
-            if not tree.is_directory(node):
+            if not nodes.is_directory(node):
                 raise OSError(errno.ENOTDIR, "not a directory")
             number = next(self._numbers)
-            self._directories[number] = node  # type: ignore[assignment]
+            self._directories[number] = node
             return number
 
     def readdir(self, path: str | None, fh: int) -> Any:
@@ -132,7 +132,7 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
             directory = self._directories[number]
             return [(name, self._quietly(directory, name)) for name in directory.names()]
 
-    def _quietly(self, directory: tree.Directory, name: str) -> dict[str, Any] | None:
+    def _quietly(self, directory: nodes.Directory, name: str) -> dict[str, Any] | None:
         try:
             return self.attributes(directory.child(name))
         except errors.BlkckptError as error:
@@ -143,7 +143,7 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
         self._directories.pop(fh, None)
         return 0
 
-    def _find(self, path: str | None) -> tree.Node:
+    def _find(self, path: str | None) -> nodes.Node:
         if path is None:
             raise OSError(errno.EBADF, "no such handle")
         return self._tree.find(path)
@@ -154,8 +154,8 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
         """*flags* is the whole ``fuse_file_info``, into which the handle's number goes."""
         with self._errors(path):
             node = self._find(path)
-            if not isinstance(node, tree.File):
-                raise OSError(errno.EISDIR if tree.is_directory(node) else errno.EINVAL, "not a file")
+            if not isinstance(node, nodes.File):
+                raise OSError(errno.EISDIR if nodes.is_directory(node) else errno.EINVAL, "not a file")
             opened = node.open()
             if node.store is not None and opened.images:
                 self._pins.take(node.store, opened.images)
@@ -173,7 +173,7 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
         """The bytes of an open file, fewer than *size* at its end."""
         try:
             handle = self.handles[number]
-            data = handle.content
+            data = handle.data
             length = min(size, data.size - offset)
             if length <= 0:
                 return []
@@ -188,7 +188,7 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
     def seek(self, number: int, offset: int, whence: int) -> int:
         """``SEEK_DATA`` and ``SEEK_HOLE``."""
         with self._errors(None):
-            data = self.handles[number].content
+            data = self.handles[number].data
             if offset >= data.size:
                 raise OSError(errno.ENXIO, "beyond the end")
             if whence == os.SEEK_HOLE:
@@ -205,15 +205,15 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
 
     def release(self, path: str | None, fh: Any) -> int:
         handle = self.handles.pop(fh.fh, None)
-        if handle is None or not isinstance(handle.node, tree.File):
+        if handle is None or not isinstance(handle.node, nodes.File):
             return 0
         node = handle.node
         with self._lock:
             self._open[handle.path, node.identity] -= 1
             if not self._open[handle.path, node.identity]:
                 del self._open[handle.path, node.identity]
-        if node.store is not None and handle.content.images:
-            self._pins.release(node.store, handle.content.images)
+        if node.store is not None and handle.data.images:
+            self._pins.release(node.store, handle.data.images)
         return 0
 
     # --- errors
@@ -246,7 +246,7 @@ class _Fuse(mfusepy.FUSE):  # type: ignore[misc]
     """The binding, with what it lacks."""
 
     def read(self, path: bytes | None, buf: Any, size: int, offset: int, fip: Any) -> int:
-        address = ctypes.cast(buf, ctypes.c_void_p).value
+        address = ctypes.cast(buf, ctypes.c_void_p).value or 0
         done = 0
         for piece in self.operations.read_pieces(fip.contents.fh, size, offset):
             ctypes.memmove(address + done, piece, len(piece))
@@ -274,7 +274,7 @@ def run(
     name: str,
     operations: Operations,
     *,
-    threads: bool = True,
+    threads: bool = False,
     shared: bool = False,
     options: tuple[str, ...] = (),
 ) -> None:

@@ -111,7 +111,7 @@ class Library:
         self._used: _Recent[tuple[str, str], int] = _Recent(FACTS)
         self._decoded: _Recent[tuple[str, str], dict[str, Any]] = _Recent(DECODED)
 
-    def stores(self) -> list[stores.Store]:
+    def places(self) -> list[stores.Store]:
         """The stores that are there now."""
         with self._lock:
             if time.monotonic() - self._looked > STORES_SECONDS:
@@ -131,7 +131,7 @@ class Library:
 
     def vms(self) -> list[str]:
         """The VMs that have a checkpoint."""
-        found = {name for place in self.stores() for name in _names(place.path / "manifests")}
+        found = {name for place in self.places() for name in _names(place.path / "manifests")}
         return sorted(name for name in found if units.NAME.fullmatch(name) and self.checkpoints(name))
 
     def checkpoints(self, vm: str) -> list[str]:
@@ -140,7 +140,7 @@ class Library:
 
     def checkpoint(self, vm: str, name: str) -> Checkpoint:
         """Checkpoint *name* of *vm* as it is now; NotFoundError, or CorruptError for a damaged manifest."""
-        for place in self.stores():
+        for place in self.places():
             path = _path(place, vm, name)
             state = _state(path)
             if state is None:
@@ -176,12 +176,12 @@ class Library:
         Whatever is made, amended or removed there changes the directory's time.  One that changed within the clock's
         last steps before it was read is not believed again: it may change once more at the same time.
         """
-        states = tuple(_state(place.path / "manifests" / vm) for place in self.stores())
+        states = tuple(_state(place.path / "manifests" / vm) for place in self.places())
         known = self._shelves.get(vm)
         if known is not None and known.states == states and known.settled:
             return known
         now = time.time_ns()
-        found = {name for place in self.stores() for name in _names(place.path / "manifests" / vm)}
+        found = {name for place in self.places() for name in _names(place.path / "manifests" / vm)}
         plain = (name.removesuffix(".json") for name in found if name.endswith(".json"))
         names = sorted(name for name in plain if units.NAME.fullmatch(name))
         settled = all(state is None or now - state[0] > _SETTLED_NS for state in states)
@@ -258,6 +258,6 @@ def _load(place: stores.Store, path: Path, vm: str, name: str, changed_ns: int) 
 
 def _names(directory: Path) -> list[str]:
     try:
-        return os.listdir(directory)
+        return [path.name for path in os.scandir(directory)]
     except OSError:
         return []

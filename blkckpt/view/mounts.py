@@ -49,7 +49,7 @@ class Orders:
     vm: str | None = None
     kind: str = "view"
     cache: int = chunks.LIMIT
-    threads: bool = True
+    threads: bool = False
     shared: bool = False
     options: tuple[str, ...] = ()
 
@@ -241,7 +241,9 @@ def stop(home: paths.Home, directory: Path, *, lazy: bool = False) -> Record:
     """Unmount *directory* and wait for the end of its process (not if *lazy*: that ends with the last open file)."""
     record = at(home, directory)
     if record is None:
-        raise errors.NotFoundError(f"no checkpoints are mounted on {directory}; `blkckpt mount` without a directory lists")
+        raise errors.NotFoundError(
+            f"no checkpoints are mounted on {directory}; `blkckpt mount` without a directory lists"
+        )
     if not record.alive:
         clear(home)
         return record

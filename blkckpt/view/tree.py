@@ -4,10 +4,9 @@
 
     VM/CHECKPOINT/manifest.json          the store's own file
                   timings.json           its seconds by name
-                  screenshot.png         if one was taken with the checkpoint
                   disks/NAME.img         raw, sparse
                   disks/NAME.partitions/N.img …
-                  disks/NAME.files/…     the guest's files (NAME.files/N/… by partition, if there are several)
+                  disks/NAME.files/…     the guest's files (blkckpt.view.guest)
                   memory/ram.img         main memory, as QEMU's back-end has it (no PCI hole)
                   memory/blocks/*.img    every RAM block, ROMs too
                   memory/guest-physical.raw   main memory at its guest-physical addresses, zeros where there is none
@@ -21,7 +20,7 @@ A path is looked up anew each time, from the root; what is expensive to know lie
 and what a partition table takes.
 
 A file that cannot be offered is left out: ``ram.img``, ``guest-physical.raw`` and ``core.elf`` where the layout is not
-known (:mod:`blkckpt.view.physical`), ``device-state.json`` of a stream without a description.
+known (:mod:`blkckpt.view.physical`).
 """
 
 from __future__ import annotations
@@ -29,19 +28,15 @@ from __future__ import annotations
 import bisect
 import calendar
 import json
-import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterable
 
 from blkckpt import errors, log
 from blkckpt.memory import image, skeleton
 from blkckpt.store import manifest
-from blkckpt.store import store as stores
-from blkckpt.view import content, devices, elf, library, physical
+from blkckpt.view import content, devices, elf, guest, library, nodes, physical
 
 LATEST = "latest"
 BY_TIME = "by-time"
@@ -49,121 +44,45 @@ BY_TIME = "by-time"
 logger = log.get(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Attributes:
-    """What ``stat`` says.  *mode* has the type; *used* is bytes on disk; *owner* is (uid, gid) of a guest's file."""
-
-    mode: int
-    size: int
-    used: int
-    changed_ns: int
-    owner: tuple[int, int] | None = None
-
-
-class Node(Protocol):
-    """Something in the tree."""
-
-    def attributes(self) -> Attributes: ...
-
-
-class Directory(Protocol):
-    """A directory: ``child`` raises NotFoundError."""
-
-    def attributes(self) -> Attributes: ...
-    def names(self) -> Iterable[str]: ...
-    def child(self, name: str) -> Node: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """A symbolic link."""
-
-    target: str
-    changed_ns: int
-
-    def attributes(self) -> Attributes:
-        return Attributes(stat.S_IFLNK | 0o777, len(os.fsencode(self.target)), 0, self.changed_ns)
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """A file of *size* bytes whose content is opened on demand.
-
-    *identity* tells it from another one that has the same path at another time; *store* is where its images are.
-    """
-
-    identity: str
-    size: int
-    changed_ns: int
-    open: Callable[[], content.Content]
-    count: Callable[[], int]
-    store: stores.Store | None = None
-
-    def attributes(self) -> Attributes:
-        try:
-            used = self.count()
-        except errors.BlkckptError as error:  # a damaged image is still listed; reading it says what is wrong
-            logger.warning("size in blocks unknown", extra={"fields": {"file": self.identity, "error": str(error)}})
-            used = self.size
-        return Attributes(stat.S_IFREG | 0o400, self.size, used, self.changed_ns)
-
-
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """A directory with few entries, each made when it is asked for."""
-
-    changed_ns: int
-    entries: Mapping[str, Callable[[], Node]]
-
-    def attributes(self) -> Attributes:
-        return Attributes(stat.S_IFDIR | 0o500, 0, 0, self.changed_ns)
-
-    def names(self) -> Iterable[str]:
-        return self.entries
-
-    def child(self, name: str) -> Node:
-        try:
-            return self.entries[name]()
-        except KeyError:
-            raise errors.NotFoundError(name) from None
-
-
 class Tree:
     """The whole of it; with *vm*, only that one is seen."""
 
     def __init__(self, books: library.Library, vm: str | None = None) -> None:
         self.library = books
+        self.guests = guest.Guests(books)
         self._only = vm
         self._started = time.time_ns()
 
-    def find(self, path: str) -> Node:
+    def find(self, path: str) -> nodes.Node:
         """The node at *path* (``/`` is the root).  NotFoundError, CorruptError."""
-        node: Node = self
-        for part in path.split("/"):
-            if part:
-                if not is_directory(node):
-                    raise errors.NotFoundError(path)
-                node = node.child(part)
+        node: nodes.Node = self
+        parts = [part for part in path.split("/") if part]
+        for number, part in enumerate(parts):
+            if isinstance(node, guest.Directory):
+                return node.descend("/".join(parts[number:]))
+            if not nodes.is_directory(node):
+                raise errors.NotFoundError(path)
+            node = node.child(part)
         return node
 
-    def attributes(self) -> Attributes:
-        return Attributes(stat.S_IFDIR | 0o500, 0, 0, self._started)
+    def attributes(self) -> nodes.Attributes:
+        return nodes.Attributes(stat.S_IFDIR | 0o500, 0, 0, self._started)
 
     def names(self) -> Iterable[str]:
         known = self.library.vms()
         return known if self._only is None else [name for name in known if name == self._only]
 
-    def child(self, name: str) -> Node:
+    def child(self, name: str) -> nodes.Node:
         if self._only not in (None, name):
             raise errors.NotFoundError(name)
         _checked(name)
         if not self.library.checkpoints(name):
             raise errors.NotFoundError(name)
-        return _Machine(self.library, name)
+        return _Machine(self.library, self.guests, name)
 
-
-def is_directory(node: Node) -> bool:
-    return hasattr(node, "child")
+    def close(self) -> None:
+        """End what reads guests' files; the library is its maker's."""
+        self.guests.close()
 
 
 def _checked(name: str) -> str:
@@ -176,26 +95,26 @@ def _checked(name: str) -> str:
 class _Machine:
     """The checkpoints of one VM."""
 
-    def __init__(self, books: library.Library, vm: str) -> None:
-        self._library, self._vm = books, vm
+    def __init__(self, books: library.Library, guests: guest.Guests, vm: str) -> None:
+        self._library, self._guests, self._vm = books, guests, vm
 
-    def attributes(self) -> Attributes:
+    def attributes(self) -> nodes.Attributes:
         known = self._library.times(self._vm)
-        return Attributes(stat.S_IFDIR | 0o500, 0, 0, known[-1][0] if known else 0)
+        return nodes.Attributes(stat.S_IFDIR | 0o500, 0, 0, known[-1][0] if known else 0)
 
     def names(self) -> Iterable[str]:
         known = self._library.checkpoints(self._vm)
         return [*(name for name in known if name not in (LATEST, BY_TIME)), *((LATEST, BY_TIME) if known else ())]
 
-    def child(self, name: str) -> Node:
+    def child(self, name: str) -> nodes.Node:
         if name == BY_TIME:
             return self._by_time()
         if name == LATEST:
             known = self._library.times(self._vm)
             if not known:
                 raise errors.NotFoundError(name)
-            return Link(known[-1][1], known[-1][0])
-        return checkpoint_folder(self._library, self._library.checkpoint(self._vm, _checked(name)))
+            return nodes.Link(known[-1][1], known[-1][0])
+        return checkpoint_folder(self._library, self._guests, self._library.checkpoint(self._vm, _checked(name)))
 
     def _by_time(self) -> _ByTime:
         return _ByTime(self._library.times(self._vm))
@@ -207,8 +126,8 @@ class _ByTime:
     def __init__(self, known: list[tuple[int, str]]) -> None:
         self._known = known
 
-    def attributes(self) -> Attributes:
-        return Attributes(stat.S_IFDIR | 0o500, 0, 0, self._known[-1][0] if self._known else 0)
+    def attributes(self) -> nodes.Attributes:
+        return nodes.Attributes(stat.S_IFDIR | 0o500, 0, 0, self._known[-1][0] if self._known else 0)
 
     def names(self) -> Iterable[str]:
         before, number = "", 1
@@ -218,11 +137,11 @@ class _ByTime:
             before = text
             yield text if number == 1 else f"{text}-{number}"
 
-    def child(self, name: str) -> Node:
+    def child(self, name: str) -> nodes.Node:
         first = bisect.bisect_left(self._known, (instant(name), ""))
         for (created, target), text in zip(self._known[first:], _ByTime(self._known[first:]).names(), strict=True):
             if text == name:
-                return Link(f"../{target}", created)
+                return nodes.Link(f"../{target}", created)
             if text[:_STAMP] > name[:_STAMP]:
                 break
         raise errors.NotFoundError(name)
@@ -252,32 +171,32 @@ def timestamp(nanoseconds: int) -> str:
 # --- one checkpoint
 
 
-def checkpoint_folder(books: library.Library, found: library.Checkpoint) -> Folder:
+def checkpoint_folder(books: library.Library, guests: guest.Guests, found: library.Checkpoint) -> nodes.Folder:
     """The directory of one checkpoint."""
-    entries: dict[str, Callable[[], Node]] = {
+    entries: dict[str, Callable[[], nodes.Node]] = {
         "manifest.json": lambda: _small(found, "manifest.json", found.data),
         "timings.json": lambda: _small(found, "timings.json", _timings(found.manifest)),
-        "disks": lambda: _disks(books, found),
+        "disks": lambda: _disks(books, guests, found),
     }
     memory = found.manifest.memory
     if memory is not None:
         entries["memory"] = lambda: _memory(books, found, memory)
         entries["device-state.bin"] = lambda: _device_state(books, found, memory)
         entries["device-state.json"] = lambda: _decoded_state(books, found, memory)
-    return Folder(found.manifest.created_ns, entries)
+    return nodes.Folder(found.manifest.created_ns, entries)
 
 
 def _timings(one: manifest.Manifest) -> bytes:
     return json.dumps(dict(one.timings), indent=1, sort_keys=True).encode() + b"\n"
 
 
-def _small(found: library.Checkpoint, name: str, data: bytes) -> File:
+def _small(found: library.Checkpoint, name: str, data: bytes) -> nodes.File:
     """A file of the manifest's; its time is that of the manifest, which may be amended."""
     identity = f"{found.manifest.id}/{name}/{found.changed_ns}"
-    return File(identity, len(data), found.changed_ns, lambda: content.Bytes(data), lambda: len(data))
+    return nodes.File(identity, len(data), found.changed_ns, lambda: content.Bytes(data), lambda: len(data))
 
 
-def _image(books: library.Library, found: library.Checkpoint, image_id: str, size: int) -> File:
+def _image(books: library.Library, found: library.Checkpoint, image_id: str, size: int) -> nodes.File:
     """A whole image of the store."""
 
     def opened() -> content.Content:
@@ -286,23 +205,56 @@ def _image(books: library.Library, found: library.Checkpoint, image_id: str, siz
             raise errors.CorruptError(f"image {image_id} has {whole.size} bytes, its manifest says {size}")
         return whole
 
-    return File(
+    return nodes.File(
         image_id, size, found.manifest.created_ns, opened, lambda: books.used(found.store, image_id), found.store
     )
 
 
-def _disks(books: library.Library, found: library.Checkpoint) -> Folder:
-    entries: dict[str, Callable[[], Node]] = {}
+def _disks(books: library.Library, guests: guest.Guests, found: library.Checkpoint) -> nodes.Folder:
+    entries: dict[str, Callable[[], nodes.Node]] = {}
     for disk in found.manifest.disks:
         entries[f"{disk.name}.img"] = lambda disk=disk: _image(books, found, disk.image, disk.size)  # type: ignore[misc]
-    return Folder(found.manifest.created_ns, entries)
+        try:
+            known = guests.look(found.store, disk.image)
+        except errors.BlkckptError as error:  # a damaged image has no partitions to show; reading it says why
+            logger.warning("not looked into", extra={"fields": {"image": disk.image, "error": str(error)}})
+            continue
+        if known.partitions:
+            entries[f"{disk.name}.partitions"] = (
+                lambda disk=disk, known=known: _partitions(books, found, disk, known)  # type: ignore[misc]
+            )
+        if known.files:
+            entries[f"{disk.name}.files"] = lambda disk=disk: _files(guests, found, disk)  # type: ignore[misc]
+    return nodes.Folder(found.manifest.created_ns, entries)
+
+
+def _partitions(
+    books: library.Library, found: library.Checkpoint, disk: manifest.DiskImage, known: guest.Found
+) -> nodes.Folder:
+    entries: dict[str, Callable[[], nodes.Node]] = {
+        f"{part.number}.img": lambda part=part: _part(books, found, disk.image, (part.offset, part.length))  # type: ignore[misc]
+        for part in known.partitions
+    }
+    return nodes.Folder(found.manifest.created_ns, entries)
+
+
+def _files(guests: guest.Guests, found: library.Checkpoint, disk: manifest.DiskImage) -> nodes.Node:
+    """The root of the only volume of a disk without a table, else a directory of volumes."""
+    known = guests.volumes(found.store, disk.image)
+    if "" in known:
+        return guest.Directory(found.store, disk.image, known[""], "")
+    entries: dict[str, Callable[[], nodes.Node]] = {
+        name: lambda volume=volume: guest.Directory(found.store, disk.image, volume, "")  # type: ignore[misc]
+        for name, volume in known.items()
+    }
+    return nodes.Folder(found.manifest.created_ns, entries)
 
 
 # --- memory
 
 
-def _memory(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> Folder:
-    entries: dict[str, Callable[[], Node]] = {"blocks": lambda: _blocks(books, found, memory)}
+def _memory(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> nodes.Folder:
+    entries: dict[str, Callable[[], nodes.Node]] = {"blocks": lambda: _blocks(books, found, memory)}
     main = physical.main_blocks(found.manifest)
     ranges = physical.ranges(found.manifest)
     if main:
@@ -310,10 +262,10 @@ def _memory(books: library.Library, found: library.Checkpoint, memory: manifest.
     if ranges:
         entries["guest-physical.raw"] = lambda: _physical(books, found, ranges)
         entries["core.elf"] = lambda: _core(books, found, memory, ranges)
-    return Folder(found.manifest.created_ns, entries)
+    return nodes.Folder(found.manifest.created_ns, entries)
 
 
-def _ram(books: library.Library, found: library.Checkpoint, main: tuple[manifest.RamBlock, ...]) -> File:
+def _ram(books: library.Library, found: library.Checkpoint, main: tuple[manifest.RamBlock, ...]) -> nodes.File:
     if len(main) == 1:
         return _image(books, found, main[0].image, main[0].size)
     starts = [sum(block.size for block in main[:number]) for number in range(len(main))]
@@ -324,7 +276,9 @@ def _ram(books: library.Library, found: library.Checkpoint, main: tuple[manifest
         return content.Pieces(size, list(zip(starts, parts, strict=True)))
 
     identity = "+".join(block.image for block in main)
-    return File(identity, size, found.manifest.created_ns, opened, lambda: _used_by(books, found, main), found.store)
+    return nodes.File(
+        identity, size, found.manifest.created_ns, opened, lambda: _used_by(books, found, main), found.store
+    )
 
 
 def _used_by(books: library.Library, found: library.Checkpoint, blocks: Iterable[manifest.RamBlock]) -> int:
@@ -337,41 +291,37 @@ def block_names(index: skeleton.Index) -> dict[str, str]:
     return {name.removesuffix(image.SUFFIX) + ".img": block for block, name in names.items()}
 
 
-def _blocks(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> Folder:
+def _blocks(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> nodes.Folder:
     index = books.index(found.store, memory)
-    entries: dict[str, Callable[[], Node]] = {}
+    entries: dict[str, Callable[[], nodes.Node]] = {}
     main = {block.name: block for block in memory.blocks}
     for name, block in block_names(index).items():
         if block in index.small:
             place = index.small[block]
-            entries[name] = lambda place=place: _part(books, found, memory, place)  # type: ignore[misc]
+            entries[name] = lambda place=place: _part(books, found, memory.skeleton, place)  # type: ignore[misc]
         elif block in main:
             one = main[block]
             entries[name] = lambda one=one: _image(books, found, one.image, one.size)  # type: ignore[misc]
-    return Folder(found.manifest.created_ns, entries)
+    return nodes.Folder(found.manifest.created_ns, entries)
 
 
-def _part(
-    books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage, place: tuple[int, int]
-) -> File:
-    """A range of the skeleton."""
+def _part(books: library.Library, found: library.Checkpoint, image_id: str, place: tuple[int, int]) -> nodes.File:
+    """A range of an image: a partition, a small RAM block in the skeleton."""
 
     def opened() -> content.Slice:
-        return content.Slice(books.image(found.store, memory.skeleton), *place)
+        return content.Slice(books.image(found.store, image_id), *place)
 
-    identity = f"{memory.skeleton}+{place[0]}"
-    return File(identity, place[1], found.manifest.created_ns, opened, lambda: opened().used(), found.store)
+    identity = f"{image_id}+{place[0]}"
+    return nodes.File(identity, place[1], found.manifest.created_ns, opened, lambda: opened().used(), found.store)
 
 
-def _sliced(
-    books: library.Library, found: library.Checkpoint, ranges: Iterable[physical.Range]
-) -> list[content.Slice]:
+def _sliced(books: library.Library, found: library.Checkpoint, ranges: Iterable[physical.Range]) -> list[content.Slice]:
     assert found.manifest.memory is not None
     blocks = {block.name: block.image for block in found.manifest.memory.blocks}
     return [content.Slice(books.image(found.store, blocks[one.block]), one.offset, one.size) for one in ranges]
 
 
-def _physical(books: library.Library, found: library.Checkpoint, ranges: tuple[physical.Range, ...]) -> File:
+def _physical(books: library.Library, found: library.Checkpoint, ranges: tuple[physical.Range, ...]) -> nodes.File:
     size = max(one.address + one.size for one in ranges)
     blocks = physical.main_blocks(found.manifest)
 
@@ -380,7 +330,9 @@ def _physical(books: library.Library, found: library.Checkpoint, ranges: tuple[p
         return content.Pieces(size, list(parts))
 
     identity = f"physical+{found.manifest.id}"
-    return File(identity, size, found.manifest.created_ns, opened, lambda: _used_by(books, found, blocks), found.store)
+    return nodes.File(
+        identity, size, found.manifest.created_ns, opened, lambda: _used_by(books, found, blocks), found.store
+    )
 
 
 def _core(
@@ -388,7 +340,7 @@ def _core(
     found: library.Checkpoint,
     memory: manifest.MemoryImage,
     ranges: tuple[physical.Range, ...],
-) -> File:
+) -> nodes.File:
     size = elf.size(ranges)
     blocks = physical.main_blocks(found.manifest)
 
@@ -410,19 +362,17 @@ def _core(
     def count() -> int:
         return elf.HEAD + _used_by(books, found, blocks)
 
-    return File(f"core+{found.manifest.id}", size, found.manifest.created_ns, opened, count, found.store)
+    return nodes.File(f"core+{found.manifest.id}", size, found.manifest.created_ns, opened, count, found.store)
 
 
-def _device_state(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> File:
-    return _part(books, found, memory, books.index(found.store, memory).tail)
+def _device_state(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> nodes.File:
+    return _part(books, found, memory.skeleton, books.index(found.store, memory).tail)
 
 
-def _decoded_state(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> File:
+def _decoded_state(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> nodes.File:
     size = devices.room(books.index(found.store, memory).tail[1])
 
     def opened() -> content.Content:
         return content.Bytes(devices.render(books.devices(found.store, memory), size))
 
-    return File(
-        f"devices+{memory.skeleton}", size, found.manifest.created_ns, opened, lambda: size, found.store
-    )
+    return nodes.File(f"devices+{memory.skeleton}", size, found.manifest.created_ns, opened, lambda: size, found.store)
