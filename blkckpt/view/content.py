@@ -15,15 +15,18 @@ stored: data that happens to be zero inside of a chunk is data.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from blkckpt.store import layout, packs
+from blkckpt import errors
+from blkckpt.store import images, layout, packs
 from blkckpt.view import chunks
 
+_T = TypeVar("_T")
 _SPAN = layout.CHUNK * layout.LEAF
 _ZEROS = bytes(1 << 20)
 
@@ -105,26 +108,41 @@ class Bytes:
 
 
 class Image:
-    """An image of the store, through the shared cache."""
+    """An image of the store, through the shared cache.
+
+    When its packs are rewritten, the image gets other places under the same id and the old packs go: what cannot be
+    read is therefore read once more by the table that is there now, if that is another one.
+    """
 
     def __init__(self, store: packs.Packs, table: layout.Table, cache: chunks.Chunks) -> None:
         self._store, self._table, self._cache = store, table, cache
         self.size = table.size
         self.images = frozenset((table.image_id,))
-        self._filled = table.leaves["raw"] != 0
 
     def pieces(self, offset: int, length: int) -> list[bytes]:
         first, begin = divmod(offset, layout.CHUNK)
         end = offset + length
         if end <= (first + 1) * layout.CHUNK:  # inside of one chunk: the common case of small reads
-            data = self._chunk(first)
+            data = self._follow(lambda: self._chunk(first))
             return zeros(length) if data is None else [data[begin : begin + length] if length < len(data) else data]
         last = (end - 1) // layout.CHUNK
-        found = self._chunks(first, last + 1)
+        found = self._follow(lambda: self._chunks(first, last + 1))
         if begin:
             found[0] = found[0][begin:]
         found[-1] = found[-1][: end - last * layout.CHUNK]
         return found
+
+    def _follow(self, read: Callable[[], _T]) -> _T:
+        before = self._table
+        try:
+            return read()
+        except errors.CorruptError:
+            if self._table is before:
+                fresh = images.load_table(self._store, before.image_id)
+                if fresh.size != before.size or (fresh.leaves == before.leaves).all():
+                    raise
+                self._table = fresh
+        return read()
 
     def _chunk(self, number: int) -> bytes | None:
         """Chunk *number*; None for zeros."""
@@ -145,42 +163,51 @@ class Image:
 
     def _entry(self, number: int) -> layout.Entry | None:
         leaf, index = divmod(number, layout.LEAF)
-        if not self._filled[leaf]:
+        table = self._table
+        if not table.leaves["raw"][leaf]:
             return None
-        entry = chunks.entry_in(self._cache.leaf(self._store, self._table, leaf), index)
+        entry = chunks.entry_in(self._cache.leaf(self._store, table, leaf), index)
         return entry if entry.raw else None
 
     def _name(self, number: int) -> str:
         return f"image {self._table.image_id} chunk {number}"
 
     def ahead(self, offset: int, length: int) -> None:
+        with contextlib.suppress(errors.BlkckptError):  # whoever reads it gets the error
+            self._read_ahead(offset, length)
+
+    def _read_ahead(self, offset: int, length: int) -> None:
         first, end = offset // layout.CHUNK, -(-min(offset + length, self.size) // layout.CHUNK)
         numbers = ((number, self._entry(number)) for number in range(first, end))
         self._cache.ahead(self._store, [(entry, self._name(number)) for number, entry in numbers if entry is not None])
 
     def used(self) -> int:
-        return self._cache.used(self._store, self._table, np.flatnonzero(self._filled).tolist())
+        def count() -> int:
+            return self._cache.used(self._store, self._table, np.flatnonzero(self._table.leaves["raw"]).tolist())
+
+        return self._follow(count)
 
     def data_at(self, offset: int) -> int | None:
-        return self._find(offset, data=True)
+        return self._follow(lambda: self._find(offset, data=True))
 
     def hole_at(self, offset: int) -> int:
-        found = self._find(offset, data=False)
+        found = self._follow(lambda: self._find(offset, data=False))
         return self.size if found is None else found
 
     def _find(self, offset: int, *, data: bool) -> int | None:
         """The first offset from *offset* on whose chunk has data, or has none; None if there is none."""
         if offset >= self.size:
             return None
-        leaf = offset // _SPAN
-        for number in range(leaf, len(self._filled)):
+        table = self._table
+        filled = table.leaves["raw"] != 0
+        for number in range(offset // _SPAN, len(filled)):
             base = number * _SPAN
             low = max(offset - base, 0) // layout.CHUNK
-            if not self._filled[number]:
+            if not filled[number]:
                 if not data:
                     return max(base, offset)
                 continue
-            raw = np.frombuffer(self._cache.leaf(self._store, self._table, number), layout.ENTRY_TYPE)["raw"][low:]
+            raw = np.frombuffer(self._cache.leaf(self._store, table, number), layout.ENTRY_TYPE)["raw"][low:]
             hits = np.flatnonzero((raw != 0) == data)
             if len(hits):
                 return max(base + (low + int(hits[0])) * layout.CHUNK, offset)

@@ -5,10 +5,10 @@ has no method of its own, each time by the form that its neighbours have: ``lsee
 (one request for a directory instead of one for each entry) and ``read`` (pieces go to the kernel's buffer without being
 joined, the path is not looked up).
 
-Caching by the kernel.  Files do not change, so their pages are kept from one open to the next (``auto_cache`` with a
-look at size and time at every open, since a checkpoint may be removed and another one get its name).  While a file of
-the old one is still open the two would share pages: the new one is then read past the page cache (``direct_io``).
-Names are believed for a second.
+Caching by the kernel.  Files do not change, so their pages are kept from one open to the next, unless the path was
+another file at the last open: a checkpoint may be removed and another one get its name.  While the old one is still
+open the two would share pages, so the new one is read past the page cache (``direct_io``); and so is a manifest,
+which may be amended: the kernel would cut the new one to the size it knew.  Names are believed for a second.
 
 Errors.  What is damaged is EIO and a line in the log that names the chunk; never bytes that are not the checkpoint's.
 """
@@ -20,10 +20,11 @@ import ctypes
 import errno
 import itertools
 import os
+import signal
 import stat
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,9 @@ BLOCK_SIZE = 128 << 10
 
 _FILL_PLUS = 2
 _WANT_PLUS = 1
+_CACHED = 1 << 16
+"""Paths whose last file is remembered; the pages of one that is not are read anew."""
+
 _SAID = 256
 _REPEAT_SECONDS = 60.0
 
@@ -76,6 +80,7 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
         self.handles: dict[int, _Handle] = {}
         self._directories: dict[int, nodes.Directory] = {}
         self._open: Counter[tuple[str, str]] = Counter()
+        self._cached: OrderedDict[str, str] = OrderedDict()
         self._said: dict[str, float] = {}
 
     def init_with_config(self, conn_info: Any, config: Any) -> None:
@@ -163,8 +168,13 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
             with self._lock:
                 others = any(where == path and what != node.identity for where, what in self._open)
                 self._open[path, node.identity] += 1
-            if others:
-                flags.direct_io = 1
+                if not others and not node.volatile:
+                    flags.keep_cache = self._cached.pop(path, None) == node.identity
+                    self._cached[path] = node.identity
+                    if len(self._cached) > _CACHED:
+                        self._cached.popitem(last=False)
+                else:
+                    flags.direct_io = 1
             self.handles[number] = _Handle(path, node, opened, content.Cursor(opened))
             flags.fh = number
             return 0
@@ -284,6 +294,8 @@ def run(
     we are killed and nobody has a file open.
     """
     extra = {key: value or True for key, _, value in (option.partition("=") for option in options)}
+    for number in (signal.SIGTERM, signal.SIGHUP):  # libfuse takes those that nobody else has taken
+        signal.signal(number, signal.SIG_DFL)
     _Fuse(
         operations,
         str(directory),
@@ -296,8 +308,6 @@ def run(
         nosuid=True,
         nodev=True,
         auto_unmount=True,
-        auto_cache=True,
-        ac_attr_timeout=0,
         **({"allow_other": True} if shared else {}),
         **extra,
     )

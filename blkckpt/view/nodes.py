@@ -57,7 +57,8 @@ class Link:
 class File:
     """A file of *size* bytes whose content is opened on demand.
 
-    *identity* tells it from another one that has the same path at another time; *store* is where its images are.
+    *identity* tells it from another one that has the same path at another time; *store* is where its images are.  A
+    *volatile* file may be another one at the next open; *known* attributes need not be worked out.
     """
 
     identity: str
@@ -67,6 +68,7 @@ class File:
     count: Callable[[], int]
     store: stores.Store | None = None
     known: Attributes | None = None
+    volatile: bool = False
 
     def attributes(self) -> Attributes:
         if self.known is not None:

@@ -193,7 +193,9 @@ def _timings(one: manifest.Manifest) -> bytes:
 def _small(found: library.Checkpoint, name: str, data: bytes) -> nodes.File:
     """A file of the manifest's; its time is that of the manifest, which may be amended."""
     identity = f"{found.manifest.id}/{name}/{found.changed_ns}"
-    return nodes.File(identity, len(data), found.changed_ns, lambda: content.Bytes(data), lambda: len(data))
+    return nodes.File(
+        identity, len(data), found.changed_ns, lambda: content.Bytes(data), lambda: len(data), volatile=True
+    )
 
 
 def _image(books: library.Library, found: library.Checkpoint, image_id: str, size: int) -> nodes.File:
