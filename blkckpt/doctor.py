@@ -32,7 +32,7 @@ from types import ModuleType
 import blkckpt
 from blkckpt import errors, paths, units
 from blkckpt.agent import nbdserver, rundir
-from blkckpt.view import mounts
+from blkckpt.view import mounts, records
 
 PROBE_TIMEOUT = 20.0
 """Seconds for a program to tell its version; a cold disk under load takes one or two."""
@@ -368,7 +368,7 @@ def dead_mounts(home: paths.Home) -> Finding:
     if cleared:
         found = f"{len(cleared)} left by killed processes: {', '.join(record.directory for record in cleared[:4])}"
         return Finding("mounts", Status.WARN, found, "they have been taken away; mount again: blkckpt mount")
-    active = mounts.active(home)
+    active = records.active(home)
     return Finding("mounts", Status.OK, ", ".join(record.directory for record in active) or "none")
 
 

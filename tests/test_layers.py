@@ -41,7 +41,7 @@ RANKS: tuple[frozenset[str], ...] = (
         "disk.maps", "memory.assemble", "agent.rundir", "agent.guard", "agent.turn", "agent.consistency",
         "agent.machine", "agent.receiver",
     }),
-    frozenset({"disk.layer", "memory.intake", "store.images", "agent.nbdserver"}),
+    frozenset({"disk.layer", "memory.intake", "store.images", "agent.nbdserver", "view.records"}),
     frozenset({"store.collect", "store.compare", "store.frozen", "store.writer"}),
     frozenset({"disk.chain", "store.store"}),
     frozenset({
@@ -58,7 +58,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"disk.group", "agent.runner", "view.tree"}),
     frozenset({"control.service", "agent.supervisor", "view.fuse"}),
     frozenset({"view.daemon"}),
-    frozenset({"control.host", "restore.disks", "restore.ram"}),
+    frozenset({"control.host", "restore.disks", "restore.ram", "restore.fused"}),
     frozenset({"restore.machine"}),
     frozenset({"restore.revert"}),
     frozenset({"doctor"}),

@@ -37,6 +37,7 @@ VERBS = {
     "mount": "Mount checkpoints as files.",
     "umount": "Unmount them again.",
     "restore": "Start a new VM from a checkpoint.",
+    "prefetch": "Make the memory of a lazily restored VM its own.",
     "revert": "Take a VM's own disks and state back to a checkpoint.",
     "status": "Show what runs and what is under way.",
     "verify": "Check that checkpoints are whole.",

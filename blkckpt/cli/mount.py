@@ -11,9 +11,9 @@ import click
 
 from blkckpt import errors, units
 from blkckpt.cli import output, session, verb
-from blkckpt.view import mounts
+from blkckpt.view import mounts, records
 
-KEYS = "directory, vm, pid, id, log; without DIR: mounts: [{directory, vm, pid, id, kind, alive}]"
+KEYS = "directory, vm, pid, id, log; without DIR: mounts: [{directory, vm, pid, id, alive, user, prefetched}]"
 OPTIONS = ("allow_other",)
 
 
@@ -86,14 +86,14 @@ def _shared(options: tuple[str, ...]) -> bool:
 
 def _foreground(ours: session.Session, orders: mounts.Orders, as_json: bool) -> None:
     def ready() -> None:
-        record = next(one for one in mounts.active(ours.home) if one.process.pid == os.getpid())
+        record = next(one for one in records.active(ours.home) if one.process.pid == os.getpid())
         _report(ours, record, as_json)
 
     # the FUSE library is needed in the process that answers only
     importlib.import_module("blkckpt.view.daemon").serve(ours.home, orders, ready)
 
 
-def _report(ours: session.Session, record: mounts.Record, as_json: bool) -> None:
+def _report(ours: session.Session, record: records.Record, as_json: bool) -> None:
     if as_json:
         output.write_json({**_keys(record), "log": str(mounts.log_path(ours.home))})
         return
@@ -103,16 +103,21 @@ def _report(ours: session.Session, record: mounts.Record, as_json: bool) -> None
     )
 
 
-def _keys(record: mounts.Record) -> dict[str, Any]:
+def _keys(record: records.Record) -> dict[str, Any]:
     return {"directory": record.directory, "vm": record.vm, "pid": record.process.pid, "id": record.id}
 
 
+def _more(record: records.Record) -> dict[str, Any]:
+    return {"alive": record.alive, "user": record.user, "prefetched": record.prefetched}
+
+
 def _list(ours: session.Session, as_json: bool) -> None:
-    known = mounts.records(ours.home)
+    known = records.records(ours.home)
     if as_json:
-        output.write_json({"mounts": [{**_keys(one), "kind": one.kind, "alive": one.alive} for one in known]})
+        output.write_json({"mounts": [{**_keys(one), **_more(one)} for one in known]})
         return
     rows = [
-        (one.directory, one.vm or "all", one.kind, one.process.pid, "yes" if one.alive else "killed") for one in known
+        (one.directory, one.vm or "all", one.process.pid, "yes" if one.alive else "killed", one.user or "-")
+        for one in known
     ]
-    output.write(output.table(("DIRECTORY", "VM", "KIND", "PID", "ALIVE"), rows, right=("PID",)))
+    output.write(output.table(("DIRECTORY", "VM", "PID", "ALIVE", "MEMORY OF"), rows, right=("PID",)))

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from blkckpt.cli import output, session, verb
-from blkckpt.view import mounts
+from blkckpt.view import mounts, records
 
 
 @click.command(
@@ -21,7 +21,7 @@ from blkckpt.view import mounts
 @click.pass_obj
 def command(ours: session.Session, directory: Path, lazy: bool, as_json: bool) -> None:
     """Unmount checkpoints from DIR, and clear up after a mount whose process was killed."""
-    known = mounts.at(ours.home, directory)
+    known = records.at(ours.home, directory)
     alive = known is not None and known.alive
     record = mounts.stop(ours.home, directory, lazy=lazy)
     if as_json:

@@ -64,6 +64,10 @@ class _Handle:
     cursor: content.Cursor
 
 
+def ignore(count: int) -> None:
+    """Nobody wants to know how many files are open."""
+
+
 class Operations(mfusepy.Operations):  # type: ignore[misc]
     """The requests.  Called from libfuse's threads, several at a time."""
 
@@ -71,8 +75,17 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
     flag_nopath = True
     flag_nullpath_ok = True
 
-    def __init__(self, root: tree.Tree, pins: held.Held, ready: Callable[[], None], *, shared: bool) -> None:
-        self._tree, self._pins, self._ready = root, pins, ready
+    def __init__(
+        self,
+        root: tree.Tree,
+        pins: held.Held,
+        ready: Callable[[], None],
+        *,
+        shared: bool = False,
+        changed: Callable[[int], None] = ignore,
+    ) -> None:
+        """*changed* is told how many files are open whenever that changes."""
+        self._tree, self._pins, self._ready, self._changed = root, pins, ready, changed
         self._owner = (os.getuid(), os.getgid())
         self._rights = (0o444, 0o555) if shared else (0o400, 0o500)
         self._numbers = itertools.count(1)
@@ -177,6 +190,7 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
                     flags.direct_io = 1
             self.handles[number] = _Handle(path, node, opened, content.Cursor(opened))
             flags.fh = number
+            self._changed(len(self.handles))
             return 0
 
     def read_pieces(self, number: int, size: int, offset: int) -> list[bytes]:
@@ -224,6 +238,7 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
                 del self._open[handle.path, node.identity]
         if node.store is not None and handle.data.images:
             self._pins.release(node.store, handle.data.images)
+        self._changed(len(self.handles))
         return 0
 
     # --- errors
@@ -286,14 +301,14 @@ def run(
     *,
     threads: bool = False,
     shared: bool = False,
-    options: tuple[str, ...] = (),
+    writable: bool = False,
 ) -> None:
     """Mount on *directory* and answer until it is unmounted or a stop signal comes.  Raises OSError or RuntimeError.
 
-    *name* is what stands as the source in the list of mounts.  ``auto_unmount`` lets fusermount3 clear up after us if
+    *name* is what stands as the source in the list of mounts.  *writable* lets files be opened for writing, which then
+    fails (QEMU opens what it maps privately so).  ``auto_unmount`` lets fusermount3 clear up after us if
     we are killed and nobody has a file open.
     """
-    extra = {key: value or True for key, _, value in (option.partition("=") for option in options)}
     for number in (signal.SIGTERM, signal.SIGHUP):  # libfuse takes those that nobody else has taken
         signal.signal(number, signal.SIG_DFL)
     _Fuse(
@@ -304,10 +319,9 @@ def run(
         nothreads=not threads,
         fsname=name,
         subtype=TYPE,
-        ro=True,
+        ro=not writable,
         nosuid=True,
         nodev=True,
         auto_unmount=True,
         **({"allow_other": True} if shared else {}),
-        **extra,
     )

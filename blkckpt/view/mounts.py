@@ -1,9 +1,7 @@
 """The mounts of a home: their processes, their records, and clearing up after those that were killed.
 
-``RUN/.mounts/ID.json`` (0600, in the home's run directory; the dot keeps it apart from VMs): ``version`` 1, ``boot``,
-``id``, ``process`` {``pid``, ``start``}, ``directory``, ``vm``, ``kind``.  Written before the mount is made, removed
-after it is gone.  The mount itself bears the id (source ``blkckpt-ID``), so that clearing up never touches a mount
-that somebody made meanwhile at the same place.
+Each has a record (:mod:`blkckpt.view.records`).  The mount itself bears the record's id (source ``blkckpt-ID``), so
+that clearing up never touches a mount that somebody made meanwhile at the same place.
 
 What a killed process leaves, and who removes it:
 
@@ -17,64 +15,38 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from blkckpt import durable, errors, paths
+from blkckpt import errors, paths
 from blkckpt.agent import nbdserver, rundir
 from blkckpt.control import wire
 from blkckpt.store import store as stores
-from blkckpt.view import chunks, held, library
+from blkckpt.view import chunks, held, library, records
 
-VERSION = 1
 READY_SECONDS = 30.0
 STOP_SECONDS = 20.0
 MAX_LOG = 16 << 20
-_RECORD_LIMIT = 64 << 10
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_SOURCE = "blkckpt-"
 
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """What to mount where.  *kind* is ``view``, or ``memory`` for a restored VM's own (*vm* is then its source)."""
+    """What to mount where, for whom.
+
+    A mount with a *user* serves the memory of that VM, which was restored from *vm*: its files can be opened for
+    writing (QEMU does, and writes to its private mapping only), and it ends by itself when QEMU has closed them.
+    """
 
     directory: str
     vm: str | None = None
-    kind: str = "view"
+    user: str | None = None
     cache: int = chunks.LIMIT
     threads: bool = False
     shared: bool = False
-    options: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One mount."""
-
-    id: str
-    process: rundir.Process
-    directory: str
-    vm: str | None
-    kind: str
-
-    @property
-    def source(self) -> str:
-        return _SOURCE + self.id
-
-    @property
-    def alive(self) -> bool:
-        return self.process.alive
-
-
-def _place(home: paths.Home) -> Path:
-    return home.run / ".mounts"
 
 
 def log_path(home: paths.Home) -> Path:
@@ -96,47 +68,7 @@ def open_log(home: paths.Home) -> IO[bytes]:
     return output
 
 
-# --- records
-
-
-@contextlib.contextmanager
-def recorded(home: paths.Home, orders: Orders) -> Iterator[Record]:
-    """A record of this process as the one behind a mount, for as long as the block lasts."""
-    paths.private_directory(home.run)
-    place = paths.private_directory(_place(home))
-    record = Record(secrets.token_hex(8), rundir.Process.of(os.getpid()), orders.directory, orders.vm, orders.kind)
-    path = place / f"{record.id}.json"
-    body = {"version": VERSION, "boot": _BOOT_ID.read_text().strip(), **asdict(record)}
-    durable.write_file(path, json.dumps(body).encode())
-    try:
-        yield record
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def records(home: paths.Home) -> list[Record]:
-    """Every record of this boot, of living processes or not; what is no record is left alone."""
-    found = []
-    for path in sorted(_place(home).glob("*.json")):
-        with contextlib.suppress(errors.BlkckptError, ValueError, KeyError, TypeError):
-            body = json.loads(durable.read_small(path, "mount record", _RECORD_LIMIT))
-            if body.pop("version") == VERSION and body.pop("boot") == _BOOT_ID.read_text().strip():
-                found.append(Record(**{**body, "process": rundir.Process(**body["process"])}))
-    return found
-
-
-def active(home: paths.Home) -> list[Record]:
-    """The mounts whose process lives."""
-    return [record for record in records(home) if record.alive]
-
-
-def at(home: paths.Home, directory: Path) -> Record | None:
-    """The mount on *directory*, dead or alive."""
-    wanted = os.path.abspath(directory)  # noqa: PTH100  (resolving would look into a dead mount)
-    return next((record for record in records(home) if record.directory == wanted), None)
-
-
-def _mounted(record: Record) -> bool:
+def _mounted(record: records.Record) -> bool:
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         kind, source = line.partition(" - ")[2].split()[:2]
         if source == record.source and kind.startswith("fuse"):
@@ -147,31 +79,37 @@ def _mounted(record: Record) -> bool:
 # --- clearing up
 
 
-def stale(home: paths.Home) -> list[Record]:
-    """The mounts whose process was killed."""
-    return [record for record in records(home) if not record.alive]
+def stale(home: paths.Home) -> list[records.Record]:
+    """The mounts whose process was killed, but for one that a QEMU has its memory from: that is `status`'s to say."""
+    gone = [record for record in records.records(home) if not record.alive]
+    return [record for record in gone if record.user is None or rundir.find(home.vm(record.user)) is None]
 
 
-def clear(home: paths.Home) -> list[Record]:
+def clear(home: paths.Home) -> list[records.Record]:
     """Detach dead mounts and remove their records and pins; also the pins of mounts that a reboot ended."""
     gone = stale(home)
     for record in gone:
         if _mounted(record):
             _fusermount(record.directory, lazy=True)
-        (_place(home) / f"{record.id}.json").unlink(missing_ok=True)
-    if gone or not _place(home).exists():
+        (records.place(home) / f"{record.id}.json").unlink(missing_ok=True)
+    if gone or not records.place(home).exists():
         _unpin(home)
     return gone
 
 
 def _unpin(home: paths.Home) -> None:
     """Remove the pins of this home's mounts that are no more; those of other homes' mounts are not known here."""
-    alive = {held.owner(record.id) for record in active(home)}
+    alive = {held.owner(record.id) for record in records.active(home)}
     for path in library.store_paths(home):
         with contextlib.suppress(errors.BlkckptError), stores.Store.open(path) as store:
             for owner in store.pins():
-                if owner.startswith(held.owner("")) and owner not in alive:
+                if owner.startswith(held.owner(f"{home.run.name}-")) and owner not in alive:
                     store.unpin(owner)
+
+
+def unmount(directory: str) -> None:
+    """Take the mount on *directory* away (a process does so with its own)."""
+    _fusermount(directory, lazy=True)
 
 
 def _fusermount(directory: str, *, lazy: bool) -> str | None:
@@ -203,30 +141,53 @@ def prepare(home: paths.Home, directory: Path) -> Path:
     return target.resolve()
 
 
-def start(home: paths.Home, orders: Orders) -> Record:
+def start(home: paths.Home, orders: Orders) -> records.Record:
     """Mount in the background; returns when the mount is usable, raises what the process gave up with."""
-    receiver, sender = os.pipe2(os.O_CLOEXEC)
-    with os.fdopen(receiver, "rb") as answers:
+    return Starting(home, orders).wait()
+
+
+class Starting:
+    """A mount under way in the background; :meth:`wait` once."""
+
+    def __init__(self, home: paths.Home, orders: Orders) -> None:
+        self._home, self._orders = home, orders
+        receiver, sender = os.pipe2(os.O_CLOEXEC)
+        self._answers = os.fdopen(receiver, "rb")
         try:
-            process = subprocess.Popen(
+            self._process = subprocess.Popen(
                 [sys.executable, "-m", "blkckpt.view.daemon", str(sender)],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True, pass_fds=[sender],
-                # libfuse's threads would each get a heap of their own and keep it
-                env={**os.environ, "MALLOC_ARENA_MAX": "2"}, cwd="/",
+                env={**os.environ, **_ENVIRONMENT}, cwd="/",
             )  # fmt: skip
         finally:
             os.close(sender)
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
             pipe.write(json.dumps({"home": str(home.root), **asdict(orders)}).encode())
-        if not nbdserver.wait_for([answers.fileno()], READY_SECONDS):
-            process.terminate()
-            raise errors.DeadlineError(f"mounting on {orders.directory} took longer than {READY_SECONDS:g} s")
-        _check(answers.read(wire.MAX_MESSAGE), home)
-    found = next((one for one in active(home) if one.process.pid == process.pid), None)
-    if found is None:
-        raise errors.StateError(f"the mount on {orders.directory} has ended already; see {log_path(home)}")
-    return found
+
+    def wait(self) -> records.Record:
+        """Until the mount is usable; raises what its process gave up with."""
+        with self._answers:
+            if not nbdserver.wait_for([self._answers.fileno()], READY_SECONDS):
+                self._process.terminate()
+                raise errors.DeadlineError(f"mounting on {self._orders.directory} took over {READY_SECONDS:g} s")
+            _check(self._answers.read(wire.MAX_MESSAGE), self._home)
+        found = next((one for one in records.active(self._home) if one.process.pid == self._process.pid), None)
+        if found is None:
+            raise errors.StateError(f"the mount on {self._orders.directory} has ended; see {log_path(self._home)}")
+        return found
+
+    def cancel(self) -> None:
+        """The mount is not wanted any more."""
+        self._process.terminate()
+
+
+_ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
+    "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
+}
+"""libfuse's threads would each get a heap of their own; and what one read frees is what the next one needs."""
 
 
 def _check(answer: bytes, home: paths.Home) -> None:
@@ -237,9 +198,9 @@ def _check(answer: bytes, home: paths.Home) -> None:
         raise wire.error_from(wire.Failure(0, body["message"], body["type"], None))
 
 
-def stop(home: paths.Home, directory: Path, *, lazy: bool = False) -> Record:
+def stop(home: paths.Home, directory: Path, *, lazy: bool = False) -> records.Record:
     """Unmount *directory* and wait for the end of its process (not if *lazy*: that ends with the last open file)."""
-    record = at(home, directory)
+    record = records.at(home, directory)
     if record is None:
         raise errors.NotFoundError(
             f"no checkpoints are mounted on {directory}; `blkckpt mount` without a directory lists"

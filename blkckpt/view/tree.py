@@ -34,7 +34,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from blkckpt import errors, log
-from blkckpt.memory import image, skeleton
+from blkckpt.memory import image
 from blkckpt.store import manifest
 from blkckpt.view import content, devices, elf, guest, library, nodes, physical
 
@@ -287,9 +287,9 @@ def _used_by(books: library.Library, found: library.Checkpoint, blocks: Iterable
     return sum(books.used(found.store, block.image) for block in blocks)
 
 
-def block_names(index: skeleton.Index) -> dict[str, str]:
-    """File names of RAM blocks: ``0000:00:01.0/vga.vram`` → ``0000_00_01.0_vga.vram.img``."""
-    names = image.file_names([block.name for block in index.blocks])
+def file_names(blocks: Iterable[str]) -> dict[str, str]:
+    """The files of RAM blocks, file → block: ``0000_00_01.0_vga.vram.img`` → ``0000:00:01.0/vga.vram``."""
+    names = image.file_names(list(blocks))
     return {name.removesuffix(image.SUFFIX) + ".img": block for block, name in names.items()}
 
 
@@ -297,7 +297,7 @@ def _blocks(books: library.Library, found: library.Checkpoint, memory: manifest.
     index = books.index(found.store, memory)
     entries: dict[str, Callable[[], nodes.Node]] = {}
     main = {block.name: block for block in memory.blocks}
-    for name, block in block_names(index).items():
+    for name, block in file_names(block.name for block in index.blocks).items():
         if block in index.small:
             place = index.small[block]
             entries[name] = lambda place=place: _part(books, found, memory.skeleton, place)  # type: ignore[misc]
