@@ -152,6 +152,8 @@ class Starting:
 
     def __init__(self, home: paths.Home, orders: Orders) -> None:
         self._home, self._orders = home, orders
+        with open_log(home) as log:
+            self._log_from = log.tell()
         receiver, sender = os.pipe2(os.O_CLOEXEC)
         self._answers = os.fdopen(receiver, "rb")
         try:
@@ -172,12 +174,25 @@ class Starting:
             if not nbdserver.wait_for([self._answers.fileno()], READY_SECONDS):
                 self._process.terminate()
                 raise errors.DeadlineError(f"mounting on {self._orders.directory} took over {READY_SECONDS:g} s")
-            _check(self._answers.read(wire.MAX_MESSAGE), self._home)
+            self._check(self._answers.read(wire.MAX_MESSAGE))
         found = next((one for one in records.active(self._home) if one.process.pid == self._process.pid), None)
         if found is None:
             raise errors.StateError(f"the mount on {self._orders.directory} has ended; see {log_path(self._home)}")
         settle(found)
         return found
+
+    def _check(self, answer: bytes) -> None:
+        body: dict[str, Any] = json.loads(answer) if answer else {"type": "BlkckptError", "message": "its process died"}
+        if "type" in body:
+            said = self._said() or f"see {log_path(self._home)}"
+            raise wire.error_from(wire.Failure(0, f"{body['message']}: {said}", body["type"], None))
+
+    def _said(self) -> str:
+        """What the FUSE library and its helper said: lines of the log that are not ours."""
+        with log_path(self._home).open("rb") as log:
+            log.seek(self._log_from)
+            lines = log.read(4096).decode(errors="replace").splitlines()
+        return "; ".join(line.strip() for line in lines if line and not line.startswith("{"))
 
     def cancel(self) -> None:
         """The mount is not wanted any more."""
@@ -203,14 +218,6 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
 }
 """libfuse's threads would each get a heap of their own; and what one read frees is what the next one needs."""
-
-
-def _check(answer: bytes, home: paths.Home) -> None:
-    if not answer:
-        raise errors.BlkckptError(f"the process of the mount ended without a word; see {log_path(home)}")
-    body: dict[str, Any] = json.loads(answer)
-    if "type" in body:
-        raise wire.error_from(wire.Failure(0, body["message"], body["type"], None))
 
 
 def stop(home: paths.Home, directory: Path, *, lazy: bool = False) -> records.Record:

@@ -389,3 +389,37 @@ def test_one_vm_in_the_foreground(box: guest.Sandbox, tmp_path: Path) -> None:
     finally:
         process.kill()
         subprocess.run(["fusermount3", "-u", "-z", directory], capture_output=True, check=False)
+
+
+NOBODY = """
+mknod -m 666 {base}/fuse c 10 229
+mount --bind {base}/fuse /dev/fuse
+run() {{ setpriv --reuid 65534 --regid 65534 --clear-groups env -u XDG_RUNTIME_DIR BLKCKPT_HOME={base}/home "$@"; }}
+run {python} -c "from blkckpt import paths; from tests.support import checkpoints as c
+c.checkpoint(paths.home('{base}/home'), 'one', {{'vda': b'nobody' * 50000}})"
+run {python} -m blkckpt.cli.main mount {base}/view
+run sh -c 'stat -c %U:%a {base}/view/web/one/disks/vda.img; tail -c 6 {base}/view/web/one/disks/vda.img; echo'
+cat {base}/view/web/one/disks/vda.img > /dev/null 2>&1 && echo open to others
+run {python} -m blkckpt.cli.main umount {base}/view
+rm -rf /tmp/blkckpt-65534
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the other tests run without privileges then")
+def test_without_privileges() -> None:
+    """A user who may open /dev/fuse needs nothing else; not even root looks into the mount (V5)."""
+    base = Path(f"/var/tmp/blkckpt-nobody-{os.getpid()}")
+    for name in ("home", "view"):
+        (base / name).mkdir(parents=True, mode=0o700)
+        os.chown(base / name, 65534, 65534)
+    base.chmod(0o755)
+    try:
+        result = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", NOBODY.format(base=base, python=sys.executable)],
+            capture_output=True, text=True, cwd=guest.ROOT, timeout=120, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert "nobody:400\nnobody\n" in result.stdout, result.stdout + result.stderr
+        assert "open to others" not in result.stdout
+    finally:
+        shutil.rmtree(base)
