@@ -200,7 +200,22 @@ class Chunks:
 
 
 def _decode(store: packs.Packs, wanted: Sequence[Wanted]) -> dict[bytes, bytes]:
-    """Read and check; chunks that lie next to each other are read together."""
+    """Read and check; chunks that lie next to each other are read together, and apart when that fails.
+
+    So that the error names the chunk that is damaged, not the first of those read with it.
+    """
+    try:
+        return _decode_together(store, wanted)
+    except errors.CorruptError:
+        if len(wanted) == 1:
+            raise
+    found: dict[bytes, bytes] = {}
+    for one in wanted:
+        found |= _decode_together(store, [one])
+    return found
+
+
+def _decode_together(store: packs.Packs, wanted: Sequence[Wanted]) -> dict[bytes, bytes]:
     found = {}
     names = [what for _, what in wanted]
     for (entry, payload), what in zip(store.payloads([entry for entry, _ in wanted], names[0]), names, strict=True):

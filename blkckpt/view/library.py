@@ -3,8 +3,9 @@
 Nothing is remembered that could be wrong later: the manifest of a checkpoint is looked at again whenever it is asked
 for (one ``stat``), so that what is made, amended or removed meanwhile is seen; images never change.
 
-Bounds: :data:`CHECKPOINTS` decoded manifests, :data:`TABLES` bytes of image tables, the chunks' own bound
-(:mod:`blkckpt.view.chunks`), and for every image ever looked at a few numbers, at most :data:`FACTS` of them.
+Bounds: :data:`MANIFESTS` bytes of manifests, the names of :data:`CHECKPOINTS` VMs' checkpoints, :data:`TABLES` bytes of
+image tables, the chunks' own bound (:mod:`blkckpt.view.chunks`), and for every image ever looked at a few numbers, at
+most :data:`FACTS` of them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from blkckpt.view import chunks, content, devices
 from blkckpt.vm import definition
 
 CHECKPOINTS = 256
+MANIFESTS = 4 << 20
 TABLES = 32 << 20
 FACTS = 1 << 16
 DECODED = 8
@@ -104,7 +106,9 @@ class Library:
         self._lock = threading.Lock()
         self._stores: dict[Path, stores.Store] = {}
         self._looked = float("-inf")
-        self._checkpoints: _Recent[tuple[str, str, str], tuple[tuple[int, ...], Checkpoint]] = _Recent(CHECKPOINTS)
+        self._checkpoints: _Recent[tuple[str, str, str], tuple[tuple[int, ...], Checkpoint]] = _Recent(
+            MANIFESTS, lambda value: len(value[1].data)
+        )
         self._shelves: _Recent[str, _Shelf] = _Recent(CHECKPOINTS)
         self._images: _Recent[tuple[str, str], tuple[content.Image, int]] = _Recent(TABLES, lambda value: value[1])
         self._indexes: _Recent[tuple[str, str], skeleton.Index] = _Recent(FACTS // 64)
