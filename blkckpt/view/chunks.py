@@ -89,8 +89,10 @@ class Chunks:
         """The chunk if it is here already."""
         data = self._found.get(digest)
         if data is not None:
-            with contextlib.suppress(KeyError), self._lock:
-                self._found.move_to_end(digest)
+            try:
+                self._found.move_to_end(digest)  # one operation under the interpreter's lock
+            except KeyError:  # dropped meanwhile by another thread
+                return data
         return data
 
     def get(self, store: packs.Packs, wanted: Sequence[Wanted]) -> list[bytes]:

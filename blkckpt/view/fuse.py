@@ -271,9 +271,13 @@ class _Fuse(mfusepy.FUSE):  # type: ignore[misc]
     """The binding, with what it lacks."""
 
     def read(self, path: bytes | None, buf: Any, size: int, offset: int, fip: Any) -> int:
+        pieces = self.operations.read_pieces(fip.contents.fh, size, offset)
+        if len(pieces) == 1:
+            ctypes.memmove(buf, pieces[0], len(pieces[0]))
+            return len(pieces[0])
         address = ctypes.cast(buf, ctypes.c_void_p).value or 0
         done = 0
-        for piece in self.operations.read_pieces(fip.contents.fh, size, offset):
+        for piece in pieces:
             ctypes.memmove(address + done, piece, len(piece))
             done += len(piece)
         return done
