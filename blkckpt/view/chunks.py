@@ -36,7 +36,6 @@ BATCH = 8
 """Chunks read ahead in one go: they are usually neighbours in the pack, and are then read with one call."""
 
 _WAIT = 60.0
-_ENTRY = layout.ENTRY.size
 
 Wanted = tuple[layout.Entry, str]
 """An entry with data, and what to call it in an error."""
@@ -171,13 +170,13 @@ class Chunks:
 
     def leaf(self, store: packs.Packs, table: layout.Table, number: int) -> bytes:
         """The checked entries of leaf *number*, which has data, as they stand in it."""
-        digest = table.leaves["hash"][number].tobytes()
+        digest = table.leaf(number).hash
         with self._lock:
             data = self._leaves.get(digest)
             if data is not None:
                 self._leaves.move_to_end(digest)
                 return data
-        data = images.read_leaf(store, table, number).tobytes()
+        data = images.packed_leaf(store, table, number)
         with self._lock:
             self._leaves[digest] = data
             if len(self._leaves) > LEAVES:
@@ -188,7 +187,7 @@ class Chunks:
         """The bytes of non-zero chunks of these leaves (which have data)."""
         total = 0
         for number in numbers:
-            digest = table.leaves["hash"][number].tobytes()
+            digest = table.leaf(number).hash
             count = self._counts.get(digest)
             if count is None:
                 entries = np.frombuffer(self.leaf(store, table, number), layout.ENTRY_TYPE)
@@ -224,8 +223,3 @@ def _decode_together(store: packs.Packs, wanted: Sequence[Wanted]) -> dict[bytes
         place = f"{what} (pack {entry.pack:016x} at {entry.offset})"
         found[entry.hash] = store.codec.decode(payload, entry.raw, entry.hash, place)
     return found
-
-
-def entry_in(leaf: bytes, index: int) -> layout.Entry:
-    """Entry *index* of a leaf."""
-    return layout.Entry(*layout.ENTRY.unpack_from(leaf, index * _ENTRY))

@@ -146,7 +146,7 @@ class Image:
         except errors.CorruptError:
             if self._table is before:
                 fresh = images.load_table(self._store, before.image_id)
-                if fresh.size != before.size or (fresh.leaves == before.leaves).all():
+                if fresh.size != before.size or fresh.directory == before.directory:
                     raise
                 self._table = fresh
         return read()
@@ -174,9 +174,9 @@ class Image:
     def _entry(self, number: int) -> layout.Entry | None:
         leaf, index = divmod(number, layout.LEAF)
         table = self._table
-        if not table.leaves["raw"][leaf]:
+        if not table.leaf(leaf).raw:
             return None
-        entry = chunks.entry_in(self._cache.leaf(self._store, table, leaf), index)
+        entry = layout.unpack_entry(self._cache.leaf(self._store, table, leaf), index)
         return entry if entry.raw else None
 
     def _name(self, number: int) -> str:

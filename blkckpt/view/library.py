@@ -201,7 +201,7 @@ class Library:
 
         def load() -> tuple[content.Image, int]:
             table = images.load_table(store.packs, image_id)
-            return content.Image(store.packs, table, self.cache), table.leaves.nbytes + 1024
+            return content.Image(store.packs, table, self.cache), len(table.directory) + 1024
 
         return self._images.make((store.info.id.hex(), image_id), load)[0]
 

@@ -169,7 +169,7 @@ def test_a_table_that_was_written_anew_is_followed(place: store.Store) -> None:
     place.index.drop([old])
     again = written(place, wanted)
     table = images.load_table(place.packs, again)
-    moved = layout.Table(image, table.size, table.kind, table.label, None, table.created_ns, table.leaves)
+    moved = layout.Table(image, table.size, table.kind, table.label, None, table.created_ns, table.directory)
     place.packs.backend.put(layout.image_key(image), layout.encode_table(moved, place.packs.codec.digest))
     assert content.read(one, 0, 3 * CHUNK) == wanted
     cache.close()
