@@ -32,6 +32,7 @@ from types import ModuleType
 import blkckpt
 from blkckpt import errors, paths, units
 from blkckpt.agent import nbdserver, rundir
+from blkckpt.view import mounts, records
 
 PROBE_TIMEOUT = 20.0
 """Seconds for a program to tell its version; a cold disk under load takes one or two."""
@@ -83,6 +84,7 @@ def examine(home: paths.Home) -> Iterator[Finding]:
         ("libraries", libraries),
         ("guest files", guest_files),
         ("leftovers", lambda: leftovers(home)),
+        ("mounts", lambda: dead_mounts(home)),
     )
     for name, check in checks:
         try:
@@ -358,6 +360,16 @@ def leftovers(home: paths.Home) -> Finding:
         found = f"{len(sockets)} dead socket{'s' if len(sockets) > 1 else ''}: {', '.join(sockets[:4])}"
         return Finding("leftovers", Status.WARN, found, "harmless: the next `blkckpt run` or 'serve' replaces them")
     return Finding("leftovers", Status.OK, "none")
+
+
+def dead_mounts(home: paths.Home) -> Finding:
+    """Mounts whose process was killed; they are taken away here, since nothing else can be done with them."""
+    cleared = mounts.clear(home)
+    if cleared:
+        found = f"{len(cleared)} left by killed processes: {', '.join(record.directory for record in cleared[:4])}"
+        return Finding("mounts", Status.WARN, found, "they have been taken away; mount again: blkckpt mount")
+    active = records.active(home)
+    return Finding("mounts", Status.OK, ", ".join(record.directory for record in active) or "none")
 
 
 def _orphans(vm: paths.VmPaths) -> list[rundir.Process]:

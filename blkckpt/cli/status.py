@@ -12,6 +12,7 @@ from blkckpt import errors, paths, units
 from blkckpt.agent import rundir
 from blkckpt.cli import live, output, run, session, verb
 from blkckpt.control import client
+from blkckpt.view import records
 
 KEYS = (
     "vms: [{vm, state: running|serving|stopped, supervisor, server, machine, console, log, phase: "
@@ -103,9 +104,19 @@ def _group(vm: paths.VmPaths, status: Mapping[str, Any]) -> dict[str, Any]:
             for one in status.get("rounds", ())
         ],
         "job": None if not job else {key: job.get(key) for key in ("kind", "state", "done", "total")},
-        "warning": status.get("warning") or status.get("violation"),
+        "warning": status.get("warning") or status.get("violation") or _memory(vm, running=bool(status)),
         "disks": [_disk(vm, disk) for disk in status.get("disks", ())],
     }
+
+
+def _memory(vm: paths.VmPaths, *, running: bool) -> str | None:
+    """What is to be said of a machine that reads its memory from a mount."""
+    record = records.memory_of(paths.home(vm.root.parent.parent), vm.name) if running else None
+    if record is None or record.prefetched:
+        return None
+    if not record.alive:
+        return "the process it reads its memory from was killed: its QEMU will die of that"
+    return f"its memory is read by pid {record.process.pid}, and QEMU dies with it until `blkckpt prefetch {vm.name}`"
 
 
 def _disk(vm: paths.VmPaths, disk: Mapping[str, Any]) -> dict[str, Any]:
