@@ -20,12 +20,11 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"units", "log", "durable", "exchange.qemuimg"}),
     frozenset({
         "paths", "disk.barrier", "disk.api", "disk.blocks", "memory.records", "vm.qemuopts", "agent.drain",
-        "agent.options",
     }),
     # Pure: values and bytes, no process, no socket.
     frozenset({
         "disk.blockmap", "disk.format", "control.messages", "control.wire", "store.layout",
-        "store.manifest", "agent.plan", "agent.qemuargs", "memory.stream", "memory.skeleton",
+        "store.manifest", "store.retention", "agent.plan", "agent.qemuargs", "memory.stream", "memory.skeleton",
         "vm.definition", "vm.unfinished", "vm.writeprotect", "vm.commandline",
         "vm.barrier", "vm.lineage",
     }),
@@ -38,16 +37,18 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({
         "disk.fileio", "disk.epoch", "disk.job", "control.server", "control.client", "control.quitter",
         "vm.qmp", "vm.guestagent", "vm.dialogue",
-        "store.packs", "store.pins", "store.readahead", "memory.image", "memory.generate",
+        "store.packs", "store.pins", "store.labels", "store.readahead", "memory.image", "memory.generate",
     }),
     frozenset({
         "disk.maps", "memory.assemble", "agent.rundir", "agent.guard", "agent.turn", "agent.consistency",
-        "agent.machine", "agent.receiver",
+        "agent.machine", "agent.options", "agent.receiver",
     }),
     frozenset({"disk.layer", "agent.rescue", "memory.intake", "store.images", "agent.nbdserver", "view.records"}),
     frozenset({
-        "store.collect", "store.compare", "store.frozen", "store.writer", "memory.apart", "exchange.pump",
+        "store.compare", "store.frozen", "store.marks", "store.writer", "memory.apart", "exchange.pump",
     }),
+    frozenset({"store.repack"}),
+    frozenset({"store.collect"}),
     frozenset({"disk.chain", "store.store"}),
     frozenset({
         "agent.history", "disk.copier", "disk.commit", "disk.fill", "disk.stack", "store.check", "store.ingest",

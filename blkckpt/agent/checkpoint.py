@@ -402,7 +402,7 @@ class Checkpoint:
         )
         self._publishing = True
         with self._timed("publish"):
-            self._store.put_manifest(built)
+            self._store.put_manifest(built, self._options.labels)
         self._published = built
 
     def _commit(self) -> None:
@@ -454,7 +454,7 @@ class Checkpoint:
         if self._publishing:
             with contextlib.suppress(errors.NotFoundError):
                 if self._store.manifest(self.vm.name, self.name).id == self._id:
-                    self._store.remove(self.vm.name, self.name)
+                    self._store.remove(self.vm.name, self.name, pinned=True)
 
     def _remove_memory(self) -> None:
         if self._receiver is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from blkckpt.store import labels
+
 BARRIER = "barrier"
 EXPLICIT = "explicit"
 AUTO = "auto"
@@ -19,6 +21,7 @@ class CheckpointOptions:
     where it works, else explicit).  *keep_memory*: raw memory images of so many of the newest checkpoints are kept
     for lazy restore.  *rate*: bytes a second of the disk copy.  *qmp*: the QMP socket if it is not the VM's own.
     *notes*: sentences to keep in the manifest.  *wait*: seconds to wait for a checkpoint that has its turn.
+    *labels*: tags, and whether it is pinned.
     """
 
     name: str | None = None
@@ -30,3 +33,4 @@ class CheckpointOptions:
     qmp: Path | None = None
     notes: tuple[str, ...] = ()
     wait: float = 0.0
+    labels: labels.Labels = labels.NONE

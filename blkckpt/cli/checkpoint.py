@@ -19,7 +19,7 @@ from blkckpt import errors, paths, units
 from blkckpt.agent import options as agent
 from blkckpt.agent import receiver, rundir
 from blkckpt.cli import describe, names, output, session, verb
-from blkckpt.store import manifest
+from blkckpt.store import labels, manifest
 
 if TYPE_CHECKING:
     from blkckpt.store import store
@@ -34,6 +34,7 @@ KEPT = 2
         "blkckpt checkpoint web",
         "blkckpt checkpoint web --name before-upgrade --note 'kernel 6.1.90'",
         "blkckpt checkpoint web db --name nightly     both, stopped at the same time: a consistency group",
+        "blkckpt checkpoint web --tag nightly --pin",
         "blkckpt checkpoint db --disk-only --guest-agent /run/db-qga.sock",
         "blkckpt checkpoint web --rate 50M --json | jq '.stopped_ms, .added_bytes'",
     ),
@@ -46,6 +47,8 @@ KEPT = 2
 @click.argument("vms", metavar="VM...", nargs=-1, required=True)
 @click.option("--name", "checkpoint", metavar="CKPT", help="Its name [default: the time, UTC].")
 @click.option("--note", "notes", multiple=True, metavar="TEXT", help="Kept with it and shown by list. Repeat for more.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="A tag, for list and prune. Repeat for more.")
+@click.option("--pin", "pinned", is_flag=True, help="Keep it from rm and prune until it is unpinned.")
 @click.option(
     "--pause",
     type=click.Choice([agent.AUTO, agent.BARRIER, agent.EXPLICIT]),
@@ -78,6 +81,8 @@ def command(
     vms: tuple[str, ...],
     checkpoint: str | None,
     notes: tuple[str, ...],
+    tags: tuple[str, ...],
+    pinned: bool,
     pause: str,
     disk_only: bool,
     guest_agent: Path | None,
@@ -104,6 +109,7 @@ def command(
         qmp=None if qmp is None else qmp.absolute(),
         notes=notes,
         wait=wait,
+        labels=labels.Labels(pinned=pinned).tag(tags),
     )
     _check_choices(options, len(members))
     for vm, _ in members:
@@ -119,7 +125,8 @@ def command(
             else:
                 group = [(vm, wanted, place) for (vm, wanted), place in zip(members, places, strict=True)]
                 taken = runner.take_group(group, options, bars.update)
-        _report(taken, [stored(place) - size for place, size in zip(places, before, strict=True)], as_json)
+        added = [stored(place) - size for place, size in zip(places, before, strict=True)]
+        _report(taken, options.labels, added, as_json)
 
 
 @contextlib.contextmanager
@@ -168,7 +175,7 @@ def stored(place: store.Store) -> int:
     return sum(size for _, size in place.packs.ids())
 
 
-def _report(taken: Sequence[manifest.Manifest], added: Sequence[int], as_json: bool) -> None:
+def _report(taken: Sequence[manifest.Manifest], marked: labels.Labels, added: Sequence[int], as_json: bool) -> None:
     """What was taken.  Of several VMs in one store *added* is what all of them brought."""
     group = taken[0].group
     if not as_json:
@@ -177,7 +184,7 @@ def _report(taken: Sequence[manifest.Manifest], added: Sequence[int], as_json: b
         if group is not None:
             output.write(f"all of them stood still at one time, stopped within {units.format_duration(group.spread)}")
         return
-    figures = [{**describe.keys(one), **_figures(one, size)} for one, size in zip(taken, added, strict=True)]
+    figures = [{**describe.keys(one, marked), **_figures(one, size)} for one, size in zip(taken, added, strict=True)]
     if group is None:
         output.write_json(figures[0])
     else:

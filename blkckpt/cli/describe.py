@@ -8,10 +8,10 @@ from typing import Any
 
 from blkckpt import units
 from blkckpt.cli import output
-from blkckpt.store import manifest
+from blkckpt.store import labels, manifest
 
 KEYS = (
-    "vm, name, id, created, parent, consistency: machine|crash|filesystem, notes, size, "
+    "vm, name, id, created, parent, consistency: machine|crash|filesystem, notes, tags, pinned, size, "
     "disks: [{name, size, image}], memory: null or {size, state_size, blocks: [{name, size, page_size, image}]}, "
     "machine: null or {type, accelerator, qemu_version, memory, command}, "
     "timings: {name: seconds}"
@@ -19,8 +19,8 @@ KEYS = (
 """The keys of one checkpoint, as its help lists them."""
 
 
-def keys(one: manifest.Manifest) -> dict[str, Any]:
-    """The JSON of *one* (rule C1)."""
+def keys(one: manifest.Manifest, marked: labels.Labels = labels.NONE) -> dict[str, Any]:
+    """The JSON of *one* (rule C1) with its labels; its notes are those it was taken with, then those made since."""
     return {
         "vm": one.vm,
         "name": one.name,
@@ -28,7 +28,9 @@ def keys(one: manifest.Manifest) -> dict[str, Any]:
         "created": output.timestamp(one.created_ns),
         "parent": one.parent,
         "consistency": one.consistency,
-        "notes": list(one.notes),
+        "notes": [*one.notes, *marked.notes],
+        "tags": list(marked.tags),
+        "pinned": marked.pinned,
         "size": size(one),
         "disks": [{"name": disk.name, "size": disk.size, "image": disk.image} for disk in one.disks],
         "memory": None if one.memory is None else _memory(one.memory),
@@ -37,7 +39,7 @@ def keys(one: manifest.Manifest) -> dict[str, Any]:
     }
 
 
-def text(one: manifest.Manifest) -> str:
+def text(one: manifest.Manifest, marked: labels.Labels = labels.NONE) -> str:
     """The same for people."""
     head = {
         "checkpoint": f"{one.vm}@{one.name}",
@@ -49,7 +51,12 @@ def text(one: manifest.Manifest) -> str:
     if one.machine:
         head["machine"] = f"{one.machine.machine_type}, {one.machine.accel}, QEMU {one.machine.qemu_version}"
         head["command"] = shlex.join(one.machine.argv)
-    head |= {"note" if number == 0 else f"note {number + 1}": note for number, note in enumerate(one.notes)}
+    if marked.tags:
+        head["tags"] = ", ".join(marked.tags)
+    if marked.pinned:
+        head["pinned"] = "rm and prune leave it"
+    notes = (*one.notes, *marked.notes)
+    head |= {"note" if number == 0 else f"note {number + 1}": note for number, note in enumerate(notes)}
     rows = [("disk", disk.name, units.format_size(disk.size), disk.image) for disk in one.disks]
     if one.memory:
         rows += [("memory", block.name, units.format_size(block.size), block.image) for block in one.memory.blocks]
@@ -65,7 +72,7 @@ def timings(one: manifest.Manifest) -> str:
     return output.fields({name.replace("_", " "): units.format_duration(value) for name, value in one.timings.items()})
 
 
-def overview(found: Sequence[manifest.Manifest], leads: Sequence[str] | None = None) -> str:
+def overview(found: Sequence[tuple[manifest.Manifest, labels.Labels]], leads: Sequence[str] | None = None) -> str:
     """One row a checkpoint; *leads* is what to draw before each name."""
     rows = [
         (
@@ -75,11 +82,14 @@ def overview(found: Sequence[manifest.Manifest], leads: Sequence[str] | None = N
             units.format_size(sum(disk.size for disk in one.disks)),
             units.format_size(_ram(one.memory)) if one.memory else "-",
             one.parent or "-",
-            one.notes[0] if one.notes else "",
+            "yes" if marked.pinned else "-",
+            ",".join(marked.tags) or "-",
+            next(iter((*one.notes, *marked.notes)), ""),
         )
-        for lead, one in zip(leads or [""] * len(found), found, strict=True)
+        for lead, (one, marked) in zip(leads or [""] * len(found), found, strict=True)
     ]
-    return output.table(("CHECKPOINT", "TAKEN", "KIND", "DISKS", "MEMORY", "AFTER", "NOTE"), rows, ("DISKS", "MEMORY"))
+    headers = ("CHECKPOINT", "TAKEN", "KIND", "DISKS", "MEMORY", "AFTER", "PINNED", "TAGS", "NOTE")
+    return output.table(headers, rows, ("DISKS", "MEMORY"))
 
 
 def size(one: manifest.Manifest) -> int:

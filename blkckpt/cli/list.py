@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from blkckpt import errors, units
-from blkckpt.cli import describe, output, session, tree, verb
-from blkckpt.store import manifest
+from blkckpt.cli import describe, names, output, session, tree, verb
+from blkckpt.store import labels, manifest, store
 
 
 @click.command(
@@ -15,41 +15,59 @@ from blkckpt.store import manifest
         "blkckpt list",
         "blkckpt list web",
         "blkckpt list --tree                        which came after which, with the branches that reverts left",
+        "blkckpt list web --tag nightly            with this tag",
+        "blkckpt list --tag release,x86 --tag keep  with both of the first two, or with the third",
         "blkckpt list web --json | jq -r '.checkpoints[].name'",
     ),
     keys=f"checkpoints: [{{{describe.KEYS}}}], the oldest first",
 )
 @click.argument("name", metavar="[VM]", required=False)
 @click.option("--tree", "as_tree", is_flag=True, help="Each below the one that it came after, of whatever VM.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG[,TAG…]", help="Only those with all of these; repeat for or.")
 @verb.json_option
 @click.pass_obj
-def command(ours: session.Session, name: str | None, as_tree: bool, as_json: bool) -> None:
+def command(ours: session.Session, name: str | None, as_tree: bool, tags: tuple[str, ...], as_json: bool) -> None:
     """List the checkpoints of one VM, or of all, the oldest first."""
+    wanted = [names.parse_tags(text) for text in tags]
     if name is not None and name not in ours.home.vm_names():
         units.check_name(name, "VM name")
     found, damaged = _read(ours, name)
     if name is not None and not found and not damaged:
         ours.vm(name)
+    if wanted:
+        found = [(one, marked) for one, marked in found if any(some.issubset(marked.tags) for some in wanted)]
     if as_json:
-        output.write_json({"checkpoints": [describe.keys(one) for one in found]})
+        output.write_json({"checkpoints": [describe.keys(one, marked) for one, marked in found]})
     elif as_tree:
-        drawn = list(tree.order(found))
-        output.write(describe.overview([one for _, one in drawn], [lead for lead, _ in drawn]))
+        of = {id(one): marked for one, marked in found}
+        drawn = list(tree.order([one for one, _ in found]))
+        output.write(describe.overview([(one, of[id(one)]) for _, one in drawn], [lead for lead, _ in drawn]))
     else:
         output.write(describe.overview(found))
     if damaged:
-        raise errors.CorruptError(f"not listed: {damaged[0]} ({len(damaged)} in all); see `blkckpt verify`")
+        raise errors.CorruptError(f"damaged: {damaged[0]} ({len(damaged)} in all); see `blkckpt verify`")
 
 
-def _read(ours: session.Session, name: str | None) -> tuple[list[manifest.Manifest], list[str]]:
+def _read(ours: session.Session, name: str | None) -> tuple[list[tuple[manifest.Manifest, labels.Labels]], list[str]]:
     """What can be read, the oldest first, and what is wrong with the rest."""
-    found, damaged = [], []
+    found: list[tuple[manifest.Manifest, labels.Labels]] = []
+    damaged: list[str] = []
     for place in ours.stores(name):
         for vm, checkpoint in place.names(name):
             try:
-                found.append(place.manifest(vm, checkpoint))
+                one = place.manifest(vm, checkpoint)
+                found.append((one, _labels(place, one, damaged)))
             except errors.CorruptError as error:
                 damaged.append(str(error))
             except errors.NotFoundError:
                 continue  # removed meanwhile
-    return sorted(found, key=lambda one: one.created_ns), damaged
+    return sorted(found, key=lambda pair: pair[0].created_ns), damaged
+
+
+def _labels(place: store.Store, one: manifest.Manifest, damaged: list[str]) -> labels.Labels:
+    """The labels of *one*; damaged ones hide no checkpoint, and pin it."""
+    try:
+        return place.labels(one)
+    except errors.CorruptError as error:
+        damaged.append(str(error))
+        return labels.Labels(pinned=True)

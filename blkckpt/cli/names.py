@@ -1,4 +1,4 @@
-"""Names and disk arguments as they are typed: ``VM@CKPT``, ``[ID=]PATH[:SIZE]``.
+"""Names and disk arguments as they are typed: ``VM@CKPT``, ``VM@tag:TAG``, ``[ID=]PATH[:SIZE]``.
 
 Pure: looks at no file.  What a name refers to is found by :mod:`blkckpt.cli.session`.
 """
@@ -18,13 +18,27 @@ RESERVED = frozenset({"by-time", "by-tag"})
 LATEST = "latest"
 """Stands for the newest checkpoint of a VM; therefore no checkpoint may be called so."""
 
+TAGGED = "tag:"
+"""Before a tag, stands for the newest checkpoint that has it; no checkpoint's name can begin so."""
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """``VM@CKPT``, both parts valid names; the checkpoint may be ``latest``, or absent where that is allowed."""
+    """``VM@CKPT``, both parts valid names; the checkpoint may be ``latest``, ``tag:TAG``, or absent where allowed."""
 
     vm: str
     checkpoint: str | None
+
+    @property
+    def tag(self) -> str | None:
+        """The tag, if the checkpoint is named by one."""
+        named = self.checkpoint or ""
+        return named.removeprefix(TAGGED) if named.startswith(TAGGED) else None
+
+    @property
+    def is_newest(self) -> bool:
+        """Whether the newest of several is meant, not one by its name."""
+        return self.checkpoint == LATEST or self.tag is not None
 
     def __str__(self) -> str:
         return self.vm if self.checkpoint is None else f"{self.vm}@{self.checkpoint}"
@@ -54,6 +68,8 @@ def parse_vm_or_target(text: str) -> Target:
     """Parse ``VM`` or ``VM@CKPT``."""
     vm, at, checkpoint = text.partition("@")
     units.check_name(vm, "VM name")
+    if checkpoint.startswith(TAGGED):
+        return Target(vm, TAGGED + units.check_name(checkpoint.removeprefix(TAGGED), "tag"))
     return Target(vm, units.check_name(checkpoint, "checkpoint name") if at else None)
 
 
@@ -64,6 +80,11 @@ def check_new_checkpoint(name: str) -> str:
     if name in RESERVED:
         raise errors.InputError(f"{name!r} is a directory beside the checkpoints of a mount; choose another name")
     return units.check_name(name, "checkpoint name")
+
+
+def parse_tags(text: str) -> frozenset[str]:
+    """Parse ``TAG[,TAG…]``: tags that are to be there together."""
+    return frozenset(units.check_name(tag.strip(), "tag") for tag in text.split(","))
 
 
 def parse_disks(texts: Iterable[str]) -> tuple[DiskArgument, ...]:

@@ -15,6 +15,9 @@ from blkckpt.exchange import inuse
 from blkckpt.store import collect as collection
 from blkckpt.store import store
 
+COLLECTED = "images, packs, freed_bytes, live_bytes, dead_bytes, repacked_packs, moved_bytes, damaged"
+"""The keys of a collection, as helps list them."""
+
 
 @click.command(
     cls=verb.Verb,
@@ -23,7 +26,7 @@ from blkckpt.store import store
         "blkckpt rm ci@run-41 ci@run-42 --yes",
         "blkckpt rm ci@run-43 --yes --no-collect --json",
     ),
-    keys="removed: [VM@CKPT], collected: null or {images, packs, freed_bytes, live_bytes, dead_bytes}",
+    keys=f"removed: [VM@CKPT], collected: null or {{{COLLECTED}}}",
 )
 @click.argument("targets", metavar="VM@CKPT…", nargs=-1, required=True, callback=verb.targets)
 @click.option("--collect/--no-collect", default=True, help="Delete at once what no other checkpoint needs [default].")
@@ -31,21 +34,31 @@ from blkckpt.store import store
 @verb.json_option
 @click.pass_obj
 def command(ours: session.Session, targets: tuple[names.Target, ...], collect: bool, yes: bool, as_json: bool) -> None:
-    """Remove checkpoints, and the data that no other checkpoint and no restored disk needs."""
+    """Remove checkpoints, and the data that no other checkpoint and no restored disk needs.
+
+    One that is pinned is refused, and then none is removed.
+    """
     found = [(target.vm, *ours.locate(target)) for target in targets]
     removed = [f"{vm}@{name}" for vm, _, name in found]
     verb.confirm(f"Remove {', '.join(removed)}?", yes=yes)
     for vm, place, name in found:
-        place.remove(vm, name)
-        shutil.rmtree(ours.home.vm(vm).memory / name, ignore_errors=True)
+        place.check_unpinned(vm, name)  # before any of them goes
+    for vm, place, name in found:
+        discard(ours, vm, place, name)
     forget.let_go(ours.home)
     reports = _collect(list({place.path: place for _, place, _ in found}.values())) if collect else None
     if as_json:
-        output.write_json({"removed": removed, "collected": None if reports is None else _keys(reports)})
+        output.write_json({"removed": removed, "collected": None if reports is None else keys(reports)})
         return
     output.write(f"removed {', '.join(removed)}")
     if reports is not None:
         output.write(f"freed {units.format_size(sum(one.freed_bytes for one in reports))}")
+
+
+def discard(ours: session.Session, vm: str, place: store.Store, name: str) -> None:
+    """Remove one checkpoint and its unpacked memory; its data goes with the next collection."""
+    place.remove(vm, name)
+    shutil.rmtree(ours.home.vm(vm).memory / name, ignore_errors=True)
 
 
 def _collect(places: Sequence[store.Store]) -> list[collection.CollectReport] | None:
@@ -59,11 +72,14 @@ def _collect(places: Sequence[store.Store]) -> list[collection.CollectReport] | 
         return None
 
 
-def _keys(reports: Sequence[collection.CollectReport]) -> dict[str, Any]:
+def keys(reports: Sequence[collection.CollectReport]) -> dict[str, Any]:
     return {
         "images": sum(one.images for one in reports),
         "packs": sum(one.packs for one in reports),
         "freed_bytes": sum(one.freed_bytes for one in reports),
         "live_bytes": sum(one.live_bytes for one in reports),
         "dead_bytes": sum(one.dead_bytes for one in reports),
+        "repacked_packs": sum(one.repacked_packs for one in reports),
+        "moved_bytes": sum(one.moved_bytes for one in reports),
+        "damaged": [text for one in reports for text in one.damaged],
     }

@@ -14,7 +14,7 @@ from blkckpt.cli import names, progress
 from blkckpt.vm import definition
 
 if TYPE_CHECKING:
-    from blkckpt.store import manifest, store
+    from blkckpt.store import labels, manifest, store
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,11 @@ class Found:
 
     store: store.Store
     manifest: manifest.Manifest
+
+    @property
+    def labels(self) -> labels.Labels:
+        """Its tags, notes and pin, as they are now."""
+        return self.store.labels(self.manifest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +82,18 @@ class Session:
         return sorted(found, key=lambda one: one.manifest.created_ns)
 
     def checkpoint(self, target: names.Target) -> Found:
-        """The checkpoint that *target* names; ``latest`` is the newest."""
-        if target.checkpoint == names.LATEST:
-            if known := self.checkpoints(target.vm):
-                return known[-1]
+        """The checkpoint that *target* names; ``latest`` is the newest, ``tag:TAG`` the newest with that tag."""
+        if target.is_newest:
+            for one in reversed(self.checkpoints(target.vm)):
+                if target.tag is None or target.tag in one.labels.tags:
+                    return one
             raise self._no_checkpoint(target)
         place, name = self.locate(target)
         return Found(place, place.manifest(target.vm, name))
 
     def locate(self, target: names.Target) -> tuple[store.Store, str]:
         """The store that has the checkpoint, and the checkpoint's name; its manifest need not be readable."""
-        if target.checkpoint == names.LATEST:
+        if target.is_newest:
             found = self.checkpoint(target)
             return found.store, found.manifest.name
         for place in self.stores(target.vm):

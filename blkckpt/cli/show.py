@@ -20,8 +20,8 @@ from blkckpt.cli import describe, names, output, session, verb
 @click.pass_obj
 def command(ours: session.Session, target: names.Target, as_json: bool) -> None:
     """Show one checkpoint: its images, how the guest was started, how long each step took."""
-    one = ours.checkpoint(target).manifest
+    found = ours.checkpoint(target)
     if as_json:
-        output.write_json(describe.keys(one))
+        output.write_json(describe.keys(found.manifest, found.labels))
     else:
-        output.write(describe.text(one))
+        output.write(describe.text(found.manifest, found.labels))

@@ -16,7 +16,7 @@ import numpy as np
 
 from blkckpt import errors
 from blkckpt.exchange import bundle, inuse, pump
-from blkckpt.store import collect, images, layout, manifest, usage
+from blkckpt.store import images, layout, manifest, marks, usage
 from blkckpt.store import store as stores
 
 BATCH = 64
@@ -124,7 +124,7 @@ def _send_chunks(
     places = usage.Places()
     had = _keys(place, places, bases)
     wanted = np.setdiff1d(_keys(place, places, chosen), had, assume_unique=True)
-    load = collect.records_of(place.packs)
+    load = marks.records_of(place.packs)
     jobs = list(_by_pack(wanted, places.packs()))
     total, done, count = len(wanted) * layout.CHUNK, 0, 0
     for number, offsets in jobs:

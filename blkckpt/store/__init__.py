@@ -10,18 +10,21 @@ What it is
 
     store.json                     what kind of store this is                        (layout)
     manifests/VM/NAME.json         a checkpoint                                      (manifest)
+    labels/VM/NAME.json            its tags, notes and pin, which may change         (labels)
     pins/OWNER.json                images in use without a manifest                  (pins)
     images/xx/ID.image             an image: header and directory of leaves          (layout)
     packs/xx/ID.pack               chunks and leaves, an index, a trailer            (layout, packs)
     index/N.sqlite                 hash → place; a cache, may be deleted             (index)
     tmp/                           packs being written; residue of killed writers    (backend)
     lock                           writers shared, the collector exclusive           (lock)
+    gc.lock, labels.lock           one collection, one change of labels at a time    (lock)
 
 Data flow
     ``Store.image_writer`` → :mod:`writer` (workers hash, look up, compress; one appender) → :mod:`packs`,
     :mod:`leaves` → image table.  ``Store.put_manifest`` publishes.  ``Store.image`` → :mod:`images` reads: directory →
-    leaf → chunk, one ranged read each, O(1) whatever the size.  :mod:`collect` deletes, :mod:`check` verifies,
-    :mod:`usage` accounts, :mod:`ingest` (a process of its own) copies frozen disks in.
+    leaf → chunk, one ranged read each, O(1) whatever the size.  :mod:`retention` decides which checkpoints stay;
+    :mod:`collect` deletes what, by :mod:`marks`, nothing needs, and has :mod:`repack` rewrite packs that are mostly
+    dead; :mod:`check` verifies, :mod:`usage` accounts, :mod:`ingest` (a process of its own) copies frozen disks in.
 
     A **leaf** is the entries of 512 chunks, and is stored as a chunk.  An image that differs from its parent in one
     chunk therefore costs that chunk, one leaf and a directory; two images are compared by their directories, and
@@ -60,6 +63,13 @@ Crash windows
 
     *While a checkpoint is removed.*  Its manifest is there or not; the data is not touched.
 
+    *While packs are repacked.*  New packs are durable before a table names them, tables are replaced one by one, and
+    what was emptied goes with a sweep afterwards: in between an image reads from the old places or the new ones, and
+    both are there (:mod:`repack`).
+
+    *While labels are changed.*  The old ones or the new ones are there.  Those a checkpoint is taken with precede its
+    manifest; without it they count for nothing and are collected.
+
     *While garbage is collected.*  Images are deleted before packs, so an image that is there has all its packs.
     Everything deleted was needed by nothing, and nothing can come to need it: writers are kept out.  The next
     collection works it all out anew.
@@ -70,9 +80,10 @@ Crash windows
     *While the index is rebuilt.*  The new one appears complete under the next number.
 
 Who may do what at once
-    Any number of writers (each has its own pack) and readers, in any number of processes.  A collection waits for
-    writers and keeps new ones waiting while it deletes.  Within one process, a writer's images are protected from its
-    first chunk until the manifest or ``Store.abandon``; a process whose *children* write images takes ``Store.hold``
-    around all of it.  A reader whose checkpoint is removed and collected under it gets an error, never wrong bytes;
-    what must not lose its images takes a pin.
+    Any number of writers (each has its own pack) and readers, in any number of processes; one collection.  It waits
+    for writers and keeps new ones waiting while it deletes; while it repacks it keeps nobody waiting.  Within one
+    process, a writer's images are protected from its first chunk until the manifest or ``Store.abandon``; a process
+    whose *children* write images takes ``Store.hold`` around all of it.  A reader whose image is repacked under it
+    finds the pack gone, reads the table again and goes on.  One whose checkpoint is removed and collected gets an
+    error, never wrong bytes; what must not lose its images takes a pin.
 """

@@ -7,6 +7,9 @@ Three passes, so that a chunk shared by many images is read once and memory stay
    hash checked (of a single checkpoint: only the entries that it needs), and what images need must be in the index;
 3. *blame*, only if something was bad: which chunks of which images of which checkpoints use it.
 
+A pack that is missing may have been repacked, or collected with a checkpoint that was removed, since its name was read:
+if a table has changed meanwhile, all begins anew.
+
 Nothing is changed.  Problems are collected, not raised; a store that cannot be opened is an error as usual.
 """
 
@@ -23,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blkckpt import errors
-from blkckpt.store import collect, frozen, images, layout, packs, store
+from blkckpt.store import frozen, images, layout, marks, packs, store
 
 Progress = Callable[[int, int], None]
 """Called with (bytes of packs read, bytes to be read), from one thread at a time."""
@@ -31,6 +34,7 @@ Progress = Callable[[int, int], None]
 MAX_PROBLEMS = 1000
 """More than this are counted, not listed."""
 
+_ATTEMPTS = 5
 _GROUP = 64
 _NEED = np.dtype([("place", "<u8"), ("fold", "<u8")])
 Needs = npt.NDArray[np.void]
@@ -75,6 +79,8 @@ class _State:
     bytes: int = 0
     count: int = 0
     problems: list[Problem] = field(default_factory=list)
+    missing: bool = False
+    """Whether a pack was not there."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def problem(self, where: str, what: object) -> None:
@@ -92,15 +98,10 @@ def verify(
     Raises NotFoundError when the checkpoint is not there.
     """
     begun = time.monotonic()
-    state = _State()
-    whole = vm is None
-    for owner, checkpoint in [(vm, name)] if vm and name else target.names(vm):
-        _read_manifest(target, owner, checkpoint, state, given=name is not None)
-    if whole:
-        _read_pins(target, state)
-    for image in sorted(state.users):
-        _read_image(target, image, state)
-    count = _check_packs(target, state, whole, progress)
+    for _ in range(_ATTEMPTS):
+        state, count = _attempt(target, vm, name, progress)
+        if not (state.missing and _has_moved(target, state)):
+            break
     if state.bad:
         _blame(target, state)
     return Report(
@@ -113,6 +114,32 @@ def verify(
         problem_count=state.count,
         problems=tuple(state.problems),
     )
+
+
+def _attempt(target: store.Store, vm: str | None, name: str | None, progress: Progress | None) -> tuple[_State, int]:
+    """The first two passes: what they found, and the number of packs."""
+    state = _State()
+    whole = vm is None
+    for owner, checkpoint in [(vm, name)] if vm and name else target.names(vm):
+        _read_manifest(target, owner, checkpoint, state, given=name is not None)
+    if whole:
+        _read_pins(target, state)
+    for image in sorted(state.users):
+        _read_image(target, image, state)
+    return state, _check_packs(target, state, whole, progress)
+
+
+def _has_moved(target: store.Store, state: _State) -> bool:
+    """Whether an image is elsewhere, or gone, since its table was read."""
+    for image, table in state.tables.items():
+        try:
+            if (images.load_table(target.packs, image).leaves != table.leaves).any():
+                return True
+        except errors.NotFoundError:
+            return True
+        except errors.CorruptError:
+            continue
+    return False
 
 
 # --- structure
@@ -159,6 +186,7 @@ def _read_image(target: store.Store, image: str, state: _State) -> None:
         try:
             _need(images.read_leaf(target.packs, table, leaf), state)
         except errors.BlkckptError as error:
+            state.missing |= isinstance(error, packs.MissingPackError)
             chunk = leaf * layout.LEAF
             last = chunk + layout.leaf_entries(table.size, leaf) - 1
             state.problem(f"{_where(image, state)}, chunks {chunk} to {last} (leaf {leaf})", error)
@@ -227,8 +255,9 @@ def _check_pack(
             records = source.index(pack)
         except errors.CorruptError as error:
             state.problem(f"index of pack {pack:016x}", error)
-            records = collect.records_of(source)(pack)
+            records = marks.records_of(source)(pack)
     except errors.NotFoundError:
+        state.missing = True
         return dict.fromkeys(needs["place"].tolist(), f"pack {pack:016x} is missing")
     except errors.BlkckptError as error:
         return dict.fromkeys(needs["place"].tolist(), f"pack {pack:016x} is damaged: {error}")
@@ -238,7 +267,7 @@ def _check_pack(
     if not whole:
         records = records[np.isin(found, needs)]
     for start in range(0, len(records), _GROUP):
-        _check_records(source, pack, records[start : start + _GROUP], bad, advance)
+        _check_records(source, pack, records[start : start + _GROUP], bad, state, advance)
     with state.lock:
         state.chunks += len(records)
     unused = set(bad) - set(needs["place"].tolist())
@@ -248,7 +277,12 @@ def _check_pack(
 
 
 def _check_records(
-    source: packs.Packs, pack: int, records: layout.Array, bad: dict[int, str], advance: Callable[[int], None]
+    source: packs.Packs,
+    pack: int,
+    records: layout.Array,
+    bad: dict[int, str],
+    state: _State,
+    advance: Callable[[int], None],
 ) -> None:
     """Check the entries at *records*, headers and data."""
     header = layout.ENTRY_HEADER.size
@@ -265,6 +299,7 @@ def _check_records(
                 bad[entry.offset] = problem
             advance(len(data))
     except errors.BlkckptError as error:
+        state.missing |= isinstance(error, packs.MissingPackError)
         for entry in entries:
             bad.setdefault(entry.offset, str(error))
 

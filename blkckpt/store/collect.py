@@ -1,44 +1,65 @@
-"""Collection: mark what manifests and pins need, sweep the rest.
+"""Collection: mark what manifests and pins need, sweep the rest, and repack what is mostly dead.
 
-Mark follows manifest → image → leaves → packs.  Tables, leaves and packs never change, so the needs of an image are
-worked out without the lock, and only what came meanwhile under it.  The sweep runs with the store held exclusively:
-no writer, and no image whose manifest is still to come, exists then.
+Mark (:mod:`blkckpt.store.marks`) follows manifest → image → leaves → packs without a lock; under the store's lock
+only what came meanwhile is added.  The sweep runs with the store held exclusively: no writer, and no image whose
+manifest is still to come, exists then.
 
-Order of the sweep: images, then (the index forgets and) packs, then temporary files.  An image that is there has
-therefore all its packs, at every instant, also when the sweep is killed; repeating it finishes the work (rule S5).
-A manifest, pin or table that cannot be read stops the collection before anything is deleted.
+Order of the sweep: images, then (the index forgets and) packs, then labels of checkpoints that are gone, then
+temporary files.  An image that is there has therefore all its packs, at every instant, also when the sweep is killed;
+repeating it finishes the work (rule S5).  A manifest, pin or table that cannot be read stops the collection before
+anything is deleted.
 
-Packs are deleted whole.  What is dead in a pack that lives on is counted (``dead_bytes``): to be had by repacking,
-which would write the live chunks of such packs to new ones, then each image's table and leaves anew under the same
-id (``put`` replaces a table in one step), and leave the old packs to the next collection.
+Packs are deleted whole.  What is dead in a pack that lives on is counted (``dead_bytes``); :mod:`blkckpt.store.repack`
+gets it back.  That runs between sweeps, in rounds, with the store free for writers: a first sweep makes room, and
+each round is followed by marking everything anew and another sweep, which takes the packs that it has emptied.
+
+One collection at a time: ``gc.lock`` is held throughout.  Without it, one that has marked before another repacks
+would delete the new packs.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from blkckpt import errors, lazy
-from blkckpt.store import backend, images, index, layout, lock, manifest, packs, pins
+from blkckpt import errors
+from blkckpt.store import backend, index, labels, layout, lock, manifest, marks, packs, repack
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-else:
-    np = lazy.Module("numpy")
+PATIENCE = 60.0
+"""Seconds to wait for writers after a round of repacking: what it has emptied is to go."""
 
-Progress = Callable[[int, int], None]
-"""Called with (images marked, images in all)."""
+MARK, REPACK = "mark", "repack"
 
-_COMPACT = 1 << 16
+Progress = Callable[[str, int, int], None]
+"""Called with (:data:`MARK`, images marked, images in all) and (:data:`REPACK`, bytes copied, of how many)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """*repack*: the share of dead bytes (0 to 1) above which a pack is rewritten, or None.  *timeout*: seconds to
+    wait for writers to finish."""
+
+    dry_run: bool = False
+    repack: float | None = None
+    timeout: float = 10.0
+    progress: Progress | None = None
+
+    def stage(self, name: str) -> marks.Progress | None:
+        """The progress of one stage."""
+        return functools.partial(self.progress, name) if self.progress else None
 
 
 @dataclass(frozen=True, slots=True)
 class CollectReport:
-    """What a collection deleted (or, dry, would delete) and what it left."""
+    """What a collection deleted (or, dry, would delete) and what it left.
+
+    ``freed_bytes`` is what the store shrank by, the packs that repacking wrote deducted; ``packs`` were dead as a
+    whole, ``repacked_packs`` were rewritten, and ``moved_bytes`` copied for it.  ``live_bytes`` are what packs of the
+    needed chunks alone would take.  ``damaged`` packs were not rewritten.
+    """
 
     dry_run: bool
     images: int
@@ -49,168 +70,116 @@ class CollectReport:
     live_packs: int
     live_bytes: int
     dead_bytes: int
+    repacked_packs: int = 0
+    repacked_images: int = 0
+    moved_bytes: int = 0
+    damaged: tuple[str, ...] = ()
 
 
-@dataclass(slots=True)
-class _Usage:
-    """The live payloads of one pack: ``offset << 17 | stored``, repeated until compacted."""
-
-    arrays: list[npt.NDArray[np.uint64]] = field(default_factory=list)
-    pending: int = 0
-
-    def add(self, keys: npt.NDArray[np.uint64]) -> None:
-        self.arrays.append(keys)
-        self.pending += len(keys)
-        if self.pending > _COMPACT:
-            self.arrays = [np.unique(np.concatenate(self.arrays))]
-            self.pending = 0
-
-    def live(self) -> int:
-        """The bytes in use, entry headers included."""
-        keys = np.unique(np.concatenate(self.arrays))
-        return int((keys & np.uint64(0x1FFFF)).sum()) + len(keys) * layout.ENTRY_HEADER.size
+def run(store: packs.Packs, cache: index.ChunkIndex, lock_path: Path, options: Options) -> CollectReport:
+    """Mark and sweep, and repack; see :meth:`blkckpt.store.store.Store.collect`."""
+    reason = "another collection is at work in this store"
+    with lock.exclusive(lock_path.with_name("gc.lock"), options.timeout, reason):
+        collection = _Collection(store, cache, lock_path, options)
+        collection.sweep(options.timeout)
+        if options.repack is not None:
+            collection.repack(options.repack)
+        return collection.report()
 
 
-@dataclass(slots=True)
-class Marks:
-    """What is needed."""
+class _Collection:
+    """One collection under way."""
 
-    images: set[str] = field(default_factory=set)
-    usage: dict[int, _Usage] = field(default_factory=dict)
-    leaves: set[bytes] = field(default_factory=set)
+    def __init__(self, store: packs.Packs, cache: index.ChunkIndex, lock_path: Path, options: Options) -> None:
+        self._store, self._cache, self._lock_path, self._options = store, cache, lock_path, options
+        self._marks = marks.Marks()
+        self._sizes: dict[int, int] = {}
+        self._victims: set[int] = set()
+        self._images = self._packs = self._temporaries = self._freed = 0
+        self._repacked = repack.Report()
 
-    def add(self, entries: layout.Array) -> None:
-        """Mark the payloads of *entries*."""
-        used = entries[entries["raw"] > 0]
-        keys = (used["offset"] << np.uint64(17)) | used["stored"].astype(np.uint64)
-        for pack in np.unique(used["pack"]).tolist():
-            self.usage.setdefault(pack, _Usage()).add(keys[used["pack"] == pack])
+    def sweep(self, timeout: float) -> None:
+        """Mark, and delete what is not marked."""
+        early = marks.Marks()
+        with contextlib.suppress(errors.CorruptError):  # if it is so still, it is said below
+            marks.mark(self._store, early, self._options.stage(MARK))
+        with lock.exclusive(self._lock_path, timeout):
+            self._marks = marks.again(self._store, early)
+            self._delete()
 
-
-def image_ids(where: backend.Backend) -> Iterator[str]:
-    """The ids of every image object."""
-    for key, _ in where.list("images"):
-        name = key.rpartition("/")[2].removesuffix(".image")
-        if len(name) == 32 and layout.image_key(name) == key:
-            yield name
-
-
-def manifest_names(where: backend.Backend, vm: str | None = None) -> Iterator[tuple[str, str]]:
-    """``(vm, checkpoint)`` of every manifest object."""
-    for key, _ in where.list(f"manifests/{vm}" if vm else "manifests"):
-        parts = key.split("/")
-        if len(parts) == 3 and parts[2].endswith(".json"):
-            yield parts[1], parts[2].removesuffix(".json")
-
-
-def records_of(store: packs.Packs) -> index.Loader:
-    """The records of a pack: from its index, or by scanning when that is damaged."""
-
-    def load(pack: int) -> layout.Array:
-        try:
-            return store.index(pack)
-        except errors.CorruptError:
-            entries = [entry for entry, _, _ in store.scan(pack)]
-        data = b"".join(layout.pack_entry(e)[:32] + layout.pack_entry(e)[40:] for e in entries)
-        return np.frombuffer(data, layout.RECORD_TYPE)
-
-    return load
-
-
-def roots(where: backend.Backend) -> dict[str, str]:
-    """Every image that must stay → who needs it.  CorruptError if that cannot be known."""
-    found = {}
-    for vm, name in manifest_names(where):
-        key, what = f"manifests/{vm}/{name}.json", f"manifest of {vm}@{name}"
-        try:
-            data = where.get(key, 0, min(where.size(key), manifest.MAX_SIZE + 1))
-        except errors.NotFoundError:
-            continue
-        for image in manifest.decode(data, what).images():
-            found[image] = f"{vm}@{name}"
-    for owner, pinned in pins.load(where).items():
-        for image in pinned:
-            found.setdefault(image, f"pin {owner}")
-    return found
-
-
-def mark(store: packs.Packs, marks: Marks, progress: Progress | None = None) -> None:
-    """Add to *marks* what the present manifests and pins need."""
-    wanted = roots(store.backend)
-    for number, (image, owner) in enumerate(sorted(wanted.items())):
-        if progress:
-            progress(number, len(wanted))
-        if image not in marks.images:
-            try:
-                _mark_image(store, image, marks)
-            except (errors.CorruptError, errors.NotFoundError) as error:
-                raise errors.CorruptError(
-                    f"nothing is collected, since what {owner} needs cannot be known: {error}; "
-                    "remove that checkpoint, or repair the store"
-                ) from error
-            marks.images.add(image)
-
-
-def _mark_image(store: packs.Packs, image: str, marks: Marks) -> None:
-    table = images.load_table(store, image)
-    marks.add(table.leaves)
-    for leaf in np.flatnonzero(table.leaves["raw"]).tolist():
-        digest = table.leaves["hash"][leaf].tobytes()
-        if digest not in marks.leaves:
-            marks.add(images.read_leaf(store, table, leaf))
-            marks.leaves.add(digest)
-
-
-def run(
-    store: packs.Packs,
-    cache: index.ChunkIndex,
-    lock_path: Path,
-    *,
-    dry_run: bool,
-    progress: Progress | None,
-    timeout: float,
-) -> CollectReport:
-    """Mark and sweep; see :meth:`blkckpt.store.store.Store.collect`."""
-    early = Marks()
-    with contextlib.suppress(errors.CorruptError):  # if it is so still, it is said below
-        mark(store, early, progress)
-    with lock.exclusive(lock_path, timeout):
-        marks = _again(store, early)
-        sizes = dict(store.ids())
-        dead_packs = {pack: size for pack, size in sizes.items() if pack not in marks.usage}
-        freed = sum(dead_packs.values())
-        dead_images = [image for image in image_ids(store.backend) if image not in marks.images]
+    def _delete(self) -> None:
+        dry, where = self._options.dry_run, self._store.backend
+        present = dict(self._store.ids())
+        self._sizes = {pack: size for pack, size in present.items() if pack in self._marks.usage}
+        dead = {pack: size for pack, size in present.items() if pack not in self._marks.usage}
+        dead_images = [image for image in marks.image_ids(where) if image not in self._marks.images]
         for image in dead_images:
             key = layout.image_key(image)
-            freed += store.backend.size(key)
-            if not dry_run:
-                store.backend.delete(key)
-        if not dry_run:
-            cache.drop(dead_packs)
-            for pack in dead_packs:
-                store.delete(pack)
-        temporaries, temporary_bytes = store.backend.sweep(dry_run=dry_run)
-    live = sum(usage.live() for pack, usage in marks.usage.items() if pack in sizes)
-    total = sum(size for pack, size in sizes.items() if pack in marks.usage)
-    return CollectReport(
-        dry_run=dry_run,
-        images=len(dead_images),
-        packs=len(dead_packs),
-        temporaries=temporaries,
-        freed_bytes=freed + temporary_bytes,
-        live_images=len(marks.images),
-        live_packs=len(sizes) - len(dead_packs),
-        live_bytes=live,
-        dead_bytes=max(total - live, 0),
-    )
+            self._freed += where.size(key)
+            if not dry:
+                where.delete(key)
+        if not dry:
+            self._cache.drop(dead)
+            for pack in dead:
+                self._store.delete(pack)
+            for key in list(_dead_labels(where)):
+                where.delete(key)
+        temporaries, temporary_bytes = where.sweep(dry_run=dry)
+        self._images += len(dead_images)
+        self._packs += len(set(dead) - self._victims)
+        self._temporaries += temporaries
+        self._freed += sum(dead.values()) + temporary_bytes
+
+    def repack(self, threshold: float) -> None:
+        """Rewrite the packs with a share of more than *threshold* dead bytes, each at most once."""
+        candidates = repack.victims(self._marks, self._sizes, threshold)
+        if self._options.dry_run:
+            self._repacked.packs = len(candidates)
+            self._repacked.moved_bytes = sum(self._marks.usage[pack].size() for pack in candidates)
+            self._freed += sum(candidates.values())
+            return
+        while candidates:
+            chosen = repack.one_round(self._marks, candidates)
+            left = set(candidates) - set(chosen)
+            self._victims.update(chosen)
+            before = self._repacked.written_bytes
+            progress = self._options.stage(REPACK)
+            repack.run(self._store, self._cache, self._marks, chosen, self._repacked, progress)
+            self._freed -= self._repacked.written_bytes - before
+            self.sweep(max(self._options.timeout, PATIENCE))
+            again = repack.victims(self._marks, self._sizes, threshold)
+            candidates = {pack: gain for pack, gain in again.items() if pack in left}
+
+    def report(self) -> CollectReport:
+        live = sum(self._marks.usage[pack].size() for pack in self._sizes)
+        return CollectReport(
+            dry_run=self._options.dry_run,
+            images=self._images,
+            packs=self._packs,
+            temporaries=self._temporaries,
+            freed_bytes=self._freed,
+            live_images=len(self._marks.images),
+            live_packs=len(self._sizes),
+            live_bytes=live,
+            dead_bytes=max(sum(self._sizes.values()) - live, 0),
+            repacked_packs=self._repacked.packs,
+            repacked_images=self._repacked.images,
+            moved_bytes=self._repacked.moved_bytes,
+            damaged=tuple(self._repacked.damaged),
+        )
 
 
-def _again(store: packs.Packs, early: Marks) -> Marks:
-    """The marks as of now: *early* where that is still all that is needed, with what came since.
-
-    An image that was needed then and is not any more would keep its packs, so in that case marking starts over.
-    """
-    if early.images - set(roots(store.backend)):
-        early = Marks()
-    mark(store, early)
-    return early
+def _dead_labels(where: backend.Backend) -> list[str]:
+    """The labels of checkpoints that are gone, or whose name another has now; those that cannot be read stay."""
+    found = []
+    for vm, name in marks.manifest_names(where, kind="labels"):
+        key = f"labels/{vm}/{name}.json"
+        with contextlib.suppress(errors.CorruptError, errors.InputError):
+            try:
+                m = f"manifests/{vm}/{name}.json"
+                owner: str | None = manifest.decode(where.get(m, 0, where.size(m)), f"manifest of {vm}@{name}").id
+            except errors.NotFoundError:
+                owner = None
+            if labels.decode(where.get(key, 0, where.size(key)), key)[1] != owner:
+                found.append(key)
+    return found

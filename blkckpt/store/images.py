@@ -3,6 +3,10 @@
 Opening an image reads its table: a few kilobytes a gigabyte.  Every chunk then costs one entry (of a cached leaf) and
 one ranged read.  An :class:`ImageReader` is immutable but for its caches and may be used from any thread; it is the
 :class:`Source` of a restored disk, which reads *ahead* (:mod:`blkckpt.store.readahead`) until it is closed.
+
+Repacking gives an image other places under the same id (:mod:`blkckpt.store.repack`) and deletes the packs it was in.
+A reader that finds a pack gone therefore reads the table again and goes on by it; only if the table is still the same
+one, or is gone too, is the pack really missing.
 """
 
 from __future__ import annotations
@@ -10,9 +14,9 @@ from __future__ import annotations
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from blkckpt import errors, lazy
 from blkckpt.store import layout, packs, readahead
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
 else:
     np = lazy.Module("numpy")
+
+_T = TypeVar("_T")
 
 _LEAVES_CACHED = 256
 """28 KiB each, 7 MiB in all: the entries of 8 GiB of image."""
@@ -129,11 +135,15 @@ class ImageReader:
             if found is not None:
                 self._leaves.move_to_end(leaf)
                 return found
-        entries = packed_leaf(self._packs, self.table, leaf)
+        return self._follow(lambda table: self._read_leaf(table, leaf))
+
+    def _read_leaf(self, table: layout.Table, leaf: int) -> bytes:
+        entries = packed_leaf(self._packs, table, leaf)
         with self._lock:
-            self._leaves[leaf] = entries
-            if len(self._leaves) > _LEAVES_CACHED:
-                self._leaves.popitem(last=False)
+            if self.table is table:  # else a leaf of old places would stay
+                self._leaves[leaf] = entries
+                if len(self._leaves) > _LEAVES_CACHED:
+                    self._leaves.popitem(last=False)
         return entries
 
     def leaves(self, numbers: Sequence[int]) -> layout.Array:
@@ -141,9 +151,12 @@ class ImageReader:
 
         For going through many: neighbours in a pack are read together, all are checked at once, none is kept.
         """
+        return self._follow(lambda table: self._read_leaves(table, numbers))
+
+    def _read_leaves(self, table: layout.Table, numbers: Sequence[int]) -> layout.Array:
         size = layout.LEAF * layout.ENTRY.size
         buffer = bytearray(len(numbers) * size)
-        entries = [self.table.leaf(number) for number in numbers]
+        entries = [table.leaf(number) for number in numbers]
         payloads = self._packs.payloads([one for one in entries if one.raw], f"leaves of image {self.image_id}")
         for index, entry in enumerate(entries):
             if entry.raw:
@@ -151,6 +164,31 @@ class ImageReader:
                 data = self._packs.codec.decode(next(payloads)[1], entry.raw, entry.hash, what)
                 buffer[index * size : index * size + len(data)] = data
         return layout.decode_leaves(buffer, self.size, numbers, f"image {self.image_id}")
+
+    def _follow(self, read: Callable[[layout.Table], _T]) -> _T:
+        """What *read* gives by the present table: again, when it finds a pack gone and the image is elsewhere now."""
+        while True:
+            table = self.table
+            try:
+                return read(table)
+            except packs.MissingPackError as error:
+                self._reload(table, error)
+
+    def _reload(self, before: layout.Table, missing: packs.MissingPackError) -> None:
+        """Take the table as it is in the store now; raises *missing* if that is *before*, or is gone."""
+        with self._lock:
+            if self.table is not before:
+                return  # another thread has
+        try:
+            fresh = load_table(self._packs, before.image_id)
+        except errors.NotFoundError:
+            raise missing from None
+        if fresh.directory == before.directory:
+            raise missing
+        with self._lock:
+            if self.table is before:
+                self.table = fresh
+                self._leaves.clear()
 
     def entry(self, number: int) -> layout.Entry:
         """Where chunk *number* is."""
@@ -217,6 +255,9 @@ class ImageReader:
         return [found[number] for number in numbers]
 
     def _fetch(self, numbers: Sequence[int]) -> dict[int, bytes]:
+        return self._follow(lambda _: self._read_chunks(numbers))
+
+    def _read_chunks(self, numbers: Sequence[int]) -> dict[int, bytes]:
         found: dict[int, bytes] = {}
         wanted: list[tuple[int, layout.Entry]] = []
         for number in numbers:

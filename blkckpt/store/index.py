@@ -20,7 +20,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,11 +29,16 @@ from blkckpt.store import layout
 
 if TYPE_CHECKING:
     import sqlite3
+
+    import numpy as np
 else:
+    np = lazy.Module("numpy")
     sqlite3 = lazy.Module("sqlite3")
 
 _BATCH = 128
-_RECORD = struct.Struct("<32sQII")
+_SLICE = 4096
+"""Records made into Python values at once: those of a whole pack would take 300 bytes each."""
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (store BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS packs (pack BLOB PRIMARY KEY, size INTEGER NOT NULL) WITHOUT ROWID;
@@ -68,12 +73,13 @@ class ChunkIndex:
                 self._discard(error)
         return found
 
-    def add(self, pack: int, size: int, records: layout.Array) -> None:
-        """Remember the chunks of a sealed pack; the first place of a chunk stays."""
+    def add(self, pack: int, size: int, records: layout.Array, *, prefer: bool = False) -> None:
+        """Remember the chunks of a sealed pack; the first place of a chunk stays, unless this one is to be preferred
+        (the other will be deleted)."""
         with self._lock:
             self._sizes[pack] = size
             try:
-                self._insert(self._connect(), pack, size, records)
+                self._insert(self._connect(), pack, size, records, prefer=prefer)
             except sqlite3.DatabaseError as error:
                 self._discard(error)
 
@@ -160,14 +166,17 @@ class ChunkIndex:
         self._insert(database, pack, self._sizes[pack], records)
         return 1
 
-    def _insert(self, database: sqlite3.Connection, pack: int, size: int, records: layout.Array) -> None:
+    def _insert(
+        self, database: sqlite3.Connection, pack: int, size: int, records: layout.Array, *, prefer: bool = False
+    ) -> None:
+        verb = "REPLACE" if prefer else "IGNORE"
         blob = _blob(pack)
-        rows = sorted(
+        rows = (
             (digest, blob, place, stored, raw, _crc(digest, blob, place, stored, raw))
-            for digest, place, stored, raw in _RECORD.iter_unpack(records.tobytes())
+            for digest, place, stored, raw in _by_hash(records)
         )
         with database:
-            database.executemany("INSERT OR IGNORE INTO chunks VALUES (?,?,?,?,?,?)", rows)
+            database.executemany(f"INSERT OR {verb} INTO chunks VALUES (?,?,?,?,?,?)", rows)  # noqa: S608
             database.execute("INSERT OR REPLACE INTO packs VALUES (?,?)", (blob, size))
 
     def _connect(self) -> sqlite3.Connection:
@@ -217,10 +226,17 @@ class ChunkIndex:
                 _remove_database(path)
 
 
+def _by_hash(records: layout.Array) -> Iterator[tuple[bytes, int, int, int]]:
+    """The fields of *records*, in the order of their hashes (of the first 8 bytes), which is how the table has them."""
+    order = np.argsort(records["hash"][:, 0].astype("<u8").byteswap())
+    for start in range(0, len(order), _SLICE):
+        yield from layout.RECORD.iter_unpack(records[order[start : start + _SLICE]].tobytes())
+
+
 def _crc(digest: bytes, pack: bytes, place: int, stored: int, raw: int) -> int:
     """The checksum of a row; -1, which none has, for a row that cannot be."""
     try:
-        return zlib.crc32(_RECORD.pack(digest, place, stored, raw), zlib.crc32(pack))
+        return zlib.crc32(layout.RECORD.pack(digest, place, stored, raw), zlib.crc32(pack))
     except (struct.error, TypeError):
         return -1
 

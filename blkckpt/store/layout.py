@@ -61,7 +61,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from blkckpt import errors, lazy
@@ -163,6 +163,10 @@ class Table:
     @property
     def chunks(self) -> int:
         return chunk_count(self.size)
+
+    def at(self, leaves: Array) -> Table:
+        """The same image with its leaves elsewhere."""
+        return replace(self, directory=leaves.tobytes())
 
     @property
     def leaves(self) -> Array:

@@ -5,6 +5,9 @@ manifest, or until it gives up) and exclusive for the sweep of a collection.  Wh
 deleted, so a chunk found in an existing pack may be referenced without fear.  The kernel drops the lock of a process
 that dies.  The lock belongs to the open file, so every hold opens the file anew.
 
+``gc.lock`` is held exclusively by a collection from its first look to its last deletion: there is one at a time.
+``labels.lock`` is held exclusively, for milliseconds, by whoever changes labels or removes a checkpoint.
+
 ``flock`` prefers nobody: the collector polls without queueing (a waiting exclusive lock would not stop new shared
 ones anyway) and gives up after its deadline with :class:`errors.StateError`.
 """
@@ -44,9 +47,9 @@ def shared(path: Path, timeout: float = 60.0) -> Hold:
     return _take(path, fcntl.LOCK_SH, timeout, "a collection is running in this store")
 
 
-def exclusive(path: Path, timeout: float = 10.0) -> Hold:
-    """Keep writers out."""
-    return _take(path, fcntl.LOCK_EX, timeout, "a checkpoint is being written to this store")
+def exclusive(path: Path, timeout: float = 10.0, reason: str = "a checkpoint is being written to this store") -> Hold:
+    """Keep everybody else out; *reason* is why that may not be had."""
+    return _take(path, fcntl.LOCK_EX, timeout, reason)
 
 
 def _take(path: Path, kind: int, timeout: float, reason: str) -> Hold:

@@ -50,6 +50,10 @@ class SealedPack:
     records: layout.Array
 
 
+class MissingPackError(errors.CorruptError):
+    """A pack that a table names is not in the store.  Who has an old table may find the chunk by the present one."""
+
+
 class PackWriter:
     """One pack being written.  Call ``seal`` or ``abort``."""
 
@@ -59,7 +63,7 @@ class PackWriter:
         while not self.pack:
             self.pack = secrets.randbits(64)
         self._file = packs.backend.create(layout.pack_key(self.pack))
-        self._records: list[bytes] = []
+        self._records = bytearray()
         self._file.append([layout.encode_pack_header(self.pack, packs.store_id)])
 
     @property
@@ -68,7 +72,7 @@ class PackWriter:
 
     @property
     def count(self) -> int:
-        return len(self._records)
+        return len(self._records) // layout.RECORD.size
 
     def append(self, chunks: Sequence[NewChunk]) -> list[layout.Entry]:
         """Append *chunks* in one go; returns their entries, in order."""
@@ -82,15 +86,13 @@ class PackWriter:
             entries.append(layout.Entry(chunk.hash, self.pack, place, stored, chunk.raw))
             position = place + stored
         self._file.append(buffers)
-        self._records += [
-            e.hash + e.offset.to_bytes(8, "little") + e.stored.to_bytes(4, "little") + e.raw.to_bytes(4, "little")
-            for e in entries
-        ]
+        for e in entries:
+            self._records += layout.RECORD.pack(e.hash, e.offset, e.stored, e.raw)
         return entries
 
     def seal(self) -> SealedPack:
         """Write the index, make the pack durable and visible."""
-        records = np.frombuffer(b"".join(self._records), layout.RECORD_TYPE)
+        records = np.frombuffer(self._records, layout.RECORD_TYPE)
         self._file.append([layout.encode_index(self.pack, records, self._file.size, self._packs.codec.digest)])
         self._file.commit()
         return SealedPack(self.pack, self._file.size, records)
@@ -170,7 +172,7 @@ class Packs:
         try:
             return self.backend.get(layout.pack_key(pack), offset, length)
         except errors.NotFoundError as error:
-            raise errors.CorruptError(f"{what}: pack {pack:016x} is missing from the store") from error
+            raise MissingPackError(f"{what}: pack {pack:016x} is missing from the store") from error
         except errors.CorruptError as error:
             raise errors.CorruptError(f"{what}: {error}") from error
 

@@ -6,13 +6,14 @@ import dataclasses
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blkckpt import durable, errors, lazy, paths, units
-from blkckpt.store import backend, codec, collect, images, index, layout, lock, packs, pins
+from blkckpt.store import backend, codec, collect, images, index, layout, lock, marks, packs, pins
+from blkckpt.store import labels as label_format
 from blkckpt.store import manifest as manifest_format
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 else:
     writer = lazy.Module("blkckpt.store.writer")
 
-_OURS = {"store.json", "lock", "packs", "images", "manifests", "pins", "tmp", "index"}
+_OURS = {
+    "store.json", "lock", "labels.lock", "gc.lock", "packs", "images", "manifests", "labels", "pins", "tmp", "index",
+}  # fmt: skip
 
 
 class Store:
@@ -134,24 +137,28 @@ class Store:
 
     def image_ids(self) -> Iterator[str]:
         """Every image in the store, whether a manifest names it or not."""
-        return collect.image_ids(self._backend)
+        return marks.image_ids(self._backend)
 
     # --- manifests
 
-    def put_manifest(self, m: manifest_format.Manifest) -> None:
-        """Publish a checkpoint: the only commit point (rule S1).
+    def put_manifest(self, m: manifest_format.Manifest, with_labels: label_format.Labels = label_format.NONE) -> None:
+        """Publish a checkpoint: the only commit point (rule S1).  It is never there without *with_labels*.
 
         Checks before that every image it names is there, with the right size (rule S2).  StateError if the VM has a
         checkpoint of this name.
         """
         data = manifest_format.encode(m)
+        key = _manifest_key(m.vm, m.name)
         with self.hold():
             for image_id, size in _sizes(m):
                 self._check_image(m, image_id, size)
-            try:
-                self._backend.put(_manifest_key(m.vm, m.name), data, exclusive=True)
-            except FileExistsError as error:
-                raise errors.StateError(f"{m.vm} has a checkpoint {m.name} already; choose another name") from error
+            with self._labels_lock():
+                if with_labels != label_format.NONE and not self._backend.exists(key):
+                    self._backend.put(label_format.key(m.vm, m.name), label_format.encode(with_labels, m.id))
+                try:
+                    self._backend.put(key, data, exclusive=True)
+                except FileExistsError as error:
+                    raise errors.StateError(f"{m.vm} has a checkpoint {m.name} already; choose another name") from error
             with self._lock:
                 self._unpublished -= set(m.images())
 
@@ -182,7 +189,7 @@ class Store:
         """``(vm, checkpoint)`` of every manifest, sorted, without reading them."""
         if vm is not None:
             units.check_name(vm, "VM name")
-        return list(collect.manifest_names(self._backend, vm))
+        return list(marks.manifest_names(self._backend, vm))
 
     def manifests(self, vm: str | None = None) -> list[manifest_format.Manifest]:
         """Every manifest (of *vm*), oldest first.  CorruptError if one is damaged; :meth:`names` still lists it."""
@@ -194,12 +201,61 @@ class Store:
                 continue  # removed meanwhile
         return sorted(found, key=lambda m: (m.created_ns, m.vm, m.name))
 
-    def remove(self, vm: str, name: str) -> None:
-        """Remove a checkpoint, damaged or not; its data goes with the next :meth:`collect` (rule S5)."""
+    def remove(self, vm: str, name: str, *, pinned: bool = False) -> None:
+        """Remove a checkpoint, damaged or not; its data goes with the next :meth:`collect` (rule S5).
+
+        StateError if it is pinned, unless *pinned* says that this one goes all the same (it was taken back).
+        """
         key = _manifest_key(vm, name)
-        if not self._backend.exists(key):
-            raise errors.NotFoundError(f"{vm} has no checkpoint {name} in the store {self.path}")
-        self._backend.delete(key)
+        with self._labels_lock():
+            if not self._backend.exists(key):
+                raise errors.NotFoundError(f"{vm} has no checkpoint {name} in the store {self.path}")
+            if not pinned:
+                self.check_unpinned(vm, name)
+            self._backend.delete(key)
+            self._backend.delete(label_format.key(vm, name))
+
+    # --- labels
+
+    def labels(self, m: manifest_format.Manifest) -> label_format.Labels:
+        """The labels of checkpoint *m*; CorruptError if they cannot be read."""
+        return label_format.load(self._backend, m.vm, m.name, m.id)
+
+    def relabel(
+        self, vm: str, name: str, change: Callable[[label_format.Labels], label_format.Labels], *, anew: bool = False
+    ) -> label_format.Labels:
+        """Change the labels of a checkpoint, durably, and return them; nobody else's change is lost.
+
+        *anew* begins with none when those that are there cannot be read.
+        """
+        with self._labels_lock():
+            m = self.manifest(vm, name)
+            try:
+                before = self.labels(m)
+            except errors.CorruptError:
+                if not anew:
+                    raise
+                before = label_format.NONE
+            after = change(before)
+            if after != before or anew:
+                self._backend.put(label_format.key(vm, name), label_format.encode(after, m.id))
+            return after
+
+    def check_unpinned(self, vm: str, name: str) -> None:
+        """StateError if checkpoint *name* of *vm* is pinned, CorruptError if that cannot be known."""
+        try:
+            checkpoint_id = self.manifest(vm, name).id
+        except errors.CorruptError:
+            checkpoint_id = None
+        try:
+            pinned = label_format.load(self._backend, vm, name, checkpoint_id).pinned
+        except errors.CorruptError as error:
+            raise errors.CorruptError(f"whether {vm}@{name} is pinned is not known: {error}") from error
+        if pinned:
+            raise errors.StateError(f"{vm}@{name} is pinned and stays; let it go first: blkckpt unpin {vm}@{name}")
+
+    def _labels_lock(self) -> lock.Hold:
+        return lock.exclusive(self.path / "labels.lock", reason="labels are being changed")
 
     # --- pins: images in use without a manifest (a restored disk that is not yet filled)
 
@@ -231,24 +287,29 @@ class Store:
             self._end(None)
 
     def collect(
-        self, *, dry_run: bool = False, progress: collect.Progress | None = None, timeout: float = 10.0
+        self,
+        *,
+        dry_run: bool = False,
+        repack: float | None = None,
+        progress: collect.Progress | None = None,
+        timeout: float = 10.0,
     ) -> collect.CollectReport:
         """Delete images and packs that no manifest and no pin needs, and what killed writers left.
 
-        StateError if a writer is at work for longer than *timeout*; CorruptError, and nothing is deleted, if a
-        manifest or table cannot be read: what it needs is then not known.
+        *repack* also rewrites packs with a larger share (0 to 1) of dead bytes.  StateError if a writer, or another
+        collection, is at work for longer than *timeout*; CorruptError, and nothing is deleted, if a manifest or table
+        cannot be read: what it needs is then not known.
         """
         with self._lock:
             if self._hold is not None:
                 raise errors.StateError("this process is writing a checkpoint; collect when it has finished")
-        return collect.run(
-            self.packs, self.index, self.path / "lock", dry_run=dry_run, progress=progress, timeout=timeout
-        )
+        options = collect.Options(dry_run=dry_run, repack=repack, timeout=timeout, progress=progress)
+        return collect.run(self.packs, self.index, self.path / "lock", options)
 
     def rebuild_index(self) -> int:
         """Make the deduplication index anew from the packs; returns the number of packs."""
         with self.hold():
-            return self.index.rebuild(collect.records_of(self.packs))
+            return self.index.rebuild(marks.records_of(self.packs))
 
     # --- the hold
 
@@ -262,7 +323,7 @@ class Store:
         """The index learns of packs that it lacks: once a hold, and only for who will write chunks."""
         with self._lock:
             if not self._reconciled:
-                self.index.reconcile(collect.records_of(self.packs))
+                self.index.reconcile(marks.records_of(self.packs))
                 self._reconciled = True
 
     def _end(self, image: str | None) -> None:

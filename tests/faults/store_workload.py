@@ -1,8 +1,8 @@
 """A random life of a store, run under the recorder: ``python -m tests.faults.store_workload STORE SEED STEPS``.
 
 Checkpoints of two VMs with disks and memory, most of whose chunks are shared with earlier ones; writers that give
-up; removals and collections.  Packs are kept small, so that an image spans several.  What each checkpoint must read
-back as follows from its number (:func:`images_of`), so that the log need not carry it.
+up; labels; removals; collections, most of which repack.  Packs are kept small, so that an image spans several.  What
+each checkpoint must read back as follows from its number (:func:`images_of`), so that the log need not carry it.
 """
 
 from __future__ import annotations
@@ -90,15 +90,21 @@ def main(path: str, seed: str, steps: str) -> None:
             mark(remove=gone, vm=vm)
             where.remove(vm, f"c{gone}")
             mark(remove_done=gone, vm=vm, ack=True)
-        if rng.random() < 0.25:
+        if rng.random() < 0.4:
             parents.clear()  # an image that nothing names goes with the collection
-            where.collect()
+            mark(collect=True)
+            where.collect(repack=rng.choice((None, 0.2, -1)))
+            mark(collect_done=True, ack=True)
         if rng.random() < 0.2:
             with where.image_writer(CHUNKS * layout.CHUNK) as writer:
                 writer.write(0, random.Random(number).randbytes(5 * layout.CHUNK))
         vm = rng.choice(("alpha", "beta"))
         take(where, vm, number, rng, parents)
         published.append((vm, number))
+        tags = [f"t{number}", f"u{number}"]
+        mark(tag=number, vm=vm)
+        where.relabel(vm, f"c{number}", lambda now, tags=tags: now.tag(tags))  # type: ignore[misc]
+        mark(tag_done=number, vm=vm, ack=True)
     where.close()
 
 

@@ -201,7 +201,10 @@ def test_disk_checkpoints_restore_revert(cli: Cli, web: Path) -> None:
     assert first["notes"][0] == "before the write"
     at_first = web.read_bytes()
     handle.pwrite(b"y" * 8192, 65536)
-    second = cli.json("checkpoint", "web", "--disk-only")
+    second = cli.json("checkpoint", "web", "--disk-only", "--tag", "nightly", "--tag", "a", "--pin")
+    assert (second["tags"], second["pinned"]) == (["a", "nightly"], True)
+    assert cli.json("show", "web@tag:nightly")["name"] == second["name"]
+    assert "unpin" in cli.run("rm", f"web@{second['name']}", "--yes", code=5)
     assert second["parent"] == "one"
     assert second["added_bytes"] < first["added_bytes"] / 4, "only the changed chunk is new"
     handle.shutdown()
