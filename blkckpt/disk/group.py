@@ -250,6 +250,8 @@ class DiskGroup:
                 self._disarm_locked(one, reason)
 
     def _switch_locked(self, one: rounds.Round) -> None:
+        for item in self._members.values():
+            item.gate.close_fast_locked()
         for name, item in self._members.items():
             item.switch_locked(one.parts[name])
         one.instant = time.monotonic_ns()
