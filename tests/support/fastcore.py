@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,39 @@ _HOOK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int6
 
 def build(directory: Path, defect: tuple[str, str] | None = None) -> Path:
     """Compile the core with the hooks; with *defect* its only ``defect[0]`` is replaced by ``defect[1]``."""
+    library = directory / "core.so"
+    _compile(library, "hooks.c", fastfilter.FLAGS, defect)
+    return library
+
+
+def build_stress(directory: Path, sanitizer: str, defect: tuple[str, str] | None = None) -> Path:
+    """Compile the program of ``stress.c`` with *sanitizer* (see gcc's ``-fsanitize``)."""
+    program = directory / "stress"
+    flags = (
+        "-std=c11",
+        "-O1",
+        "-g",
+        "-Wall",
+        "-Wextra",
+        "-pthread",
+        f"-fsanitize={sanitizer}",
+        "-fno-sanitize-recover=all",
+    )
+    _compile(program, "stress.c", flags, defect)
+    return program
+
+
+def _compile(target: Path, harness: str, flags: Sequence[str], defect: tuple[str, str] | None) -> None:
     text = (fastfilter.source() / "core.c").read_text()
     if defect is not None:
         assert text.count(defect[0]) == 1, f"core.c has changed; seed the defect anew: {defect[0]!r}"
         text = text.replace(*defect)
-    source, made, library = directory / "core.c", directory / "core.o", directory / "core.so"
+    source, made = target.with_name("core.c"), target.with_name("core.o")
     source.write_text(text)
-    common = ["gcc", *fastfilter.FLAGS, f"-I{fastfilter.source()}", f"-I{HERE}"]
-    subprocess.run([*common, "-c", "-DFASTPATH_CORE", "-include", "hooks.h", "-o", made, source], check=True)
-    subprocess.run([*common, "-Werror", "-o", library, made, HERE / "hooks.c"], check=True)
-    return library
+    common = ["gcc", *flags, f"-I{fastfilter.source()}", f"-I{HERE}"]
+    strict = ["-Werror"] if defect is None else []
+    subprocess.run([*common, *strict, "-c", "-DFASTPATH_CORE", "-include", "hooks.h", "-o", made, source], check=True)
+    subprocess.run([*common, "-Werror", "-o", target, made, HERE / harness], check=True)
 
 
 class Held:
