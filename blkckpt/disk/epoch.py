@@ -116,6 +116,7 @@ class Gate(Generic[V]):
         self.current: Epoch[V] = Epoch(0, view)
         self.port: Port[V] = port or NoPort()
         self.port.publish(view)
+        self._settled = -1  # the fast path has left this epoch and those before
         self._left = threading.Condition(lock)
         self._waiting = 0
         self._exclusive = 0
@@ -244,9 +245,12 @@ class Gate(Generic[V]):
                     self._left.wait(_left_until(deadline))
             finally:
                 self._waiting -= 1
-        seconds = 0.0
-        while not self.port.settle(seconds):
-            seconds = min(SETTLE_SECONDS, _left_until(deadline))
+            ended = min(until.number, self.current.number - 1)
+        if ended > self._settled:
+            seconds = 0.0
+            while not self.port.settle(seconds):
+                seconds = min(SETTLE_SECONDS, _left_until(deadline))
+            self._settled = max(self._settled, ended)
 
     def in_flight(self) -> int:
         """How many requests are inside."""

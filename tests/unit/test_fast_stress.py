@@ -19,7 +19,7 @@ SECONDS = 8
 def _run(program: Path, seconds: float) -> subprocess.CompletedProcess[str]:
     # A busy machine makes the threads meet less often, not the run longer.
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-    command = [program, str(seconds)]
+    command = [str(program), str(seconds)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 

@@ -33,11 +33,11 @@ int hooked_fallocate(int fd, int mode, off_t offset, off_t length)
     return refused(ZERO, fd, offset, (size_t)length) ? -1 : fallocate(fd, mode, offset, length);
 }
 
-/* Set and clear *block* of *map* over and over, until *stop*; returns how often it was not as just left. */
+/* Set and clear *block* of *map* over and over, until *stop* or until it is not as just left; returns whether it was. */
 uint64_t hammer(fp_map *map, const uint64_t *words, uint64_t block, const volatile int *stop)
 {
     uint64_t wrong = 0;
-    while (!*stop) {
+    while (!*stop && !wrong) {
         fp_map_set(map, block, block + 1);
         wrong += !(((const volatile uint64_t *)words)[block >> 6] >> (block & 63) & 1);
         fp_map_clear(map, block, block + 1);
