@@ -74,7 +74,7 @@ def f1_drain(bench: Bench) -> None:
         held.wait()
         bench.prepare()
         assert bench.rig.group.switch().switched
-        gate, ended = bench.member().gate, bench.rig.group._rounds[-1].parts["vda"].ended
+        gate, ended = bench.member().gate, bench.rig.group._find("c", "test").parts["vda"].ended
         with pytest.raises(errors.DeadlineError):
             gate.wait_drained(ended, time.monotonic() + 0.05)
         held.released.set()
