@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
+import secrets
 import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def built(version: tuple[int, ...]) -> Path:
     for name in SOURCES:
         digest.update((source() / name).read_bytes())
     numbers = ".".join(map(str, version))
-    return Path(sys.prefix) / f"lib/blkckpt/fastpath-{numbers}-{platform.machine()}-{digest.hexdigest()[:12]}.so"
+    return Path(sys.prefix) / f"lib/blkckpt/fastpath-{numbers}-{os.uname().machine}-{digest.hexdigest()[:12]}.so"
 
 
 def find(version: tuple[int, ...]) -> Path | None:
@@ -79,21 +78,19 @@ def build(nbdkit: str, version: tuple[int, ...], environment: Mapping[str, str])
     compiler = shutil.which("cc", path=environment.get("PATH"))
     if compiler is None:
         raise errors.MissingError(f"no C compiler; {ADVICE}")
+    made = path.with_name(f".build-{secrets.token_hex(8)}.so")
+    sources = [str(source() / name) for name in SOURCES if name.endswith(".c")]
+    loading = [nbdkit, f"--filter={made}", "--dump-plugin", "python"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as directory:
-            made = Path(directory) / "filter.so"
-            sources = [str(source() / name) for name in SOURCES if name.endswith(".c")]
-            _run([compiler, *FLAGS, "-o", str(made), *sources], environment, f"it does not compile; {ADVICE}")
-            _run(
-                [nbdkit, f"--filter={made}", "--dump-plugin", "python"],
-                environment,
-                f"nbdkit does not load it; {ADVICE}",
-            )
-            made.chmod(0o755)
-            durable.publish(made, path)
+        _run([compiler, *FLAGS, "-o", str(made), *sources], environment, f"it does not compile; {ADVICE}")
+        made.chmod(0o755)
+        _run(loading, environment, f"nbdkit does not load it; {ADVICE}")
+        durable.publish(made, path)
     except OSError as error:
         raise errors.from_os_error(error, f"building the fast path in {path.parent}") from error
+    finally:
+        made.unlink(missing_ok=True)
     return path
 
 

@@ -23,7 +23,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from blkckpt import errors, log
 from blkckpt.disk import api, blocks, chain, commit, copier, disk, epoch, fill, job, layer, maps, port, stack
@@ -152,7 +152,7 @@ class Member:
         self._advance_locked()
 
     def switch_locked(self, part: Part) -> None:
-        """810: writes go to the overlay.  O(1).  All members' gates are closed to the fast path before (F3)."""
+        """810: writes go to the overlay.  O(1).  See :func:`switch_locked`."""
         self._armed = self._prepared = False
         part.ended = self._advance_locked(changed=part.next)
 
@@ -362,6 +362,14 @@ class Member:
             in_flight=self.gate.in_flight(),
             error=chain.failure(view),
         )
+
+
+def switch_locked(members: Mapping[str, Member], parts: Mapping[str, Part]) -> None:
+    """810: all disks at one instant, for the fast path too (F3)."""
+    for item in members.values():
+        item.gate.close_fast_locked()
+    for name, item in members.items():
+        item.switch_locked(parts[name])
 
 
 def _held(overlay: layer.Overlay, size: int) -> int:
