@@ -20,10 +20,11 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"units", "log", "durable", "exchange.qemuimg"}),
     frozenset({
         "paths", "disk.barrier", "disk.api", "disk.blocks", "memory.records", "vm.qemuopts", "agent.drain",
+        "agent.fastfilter",
     }),
     # Pure: values and bytes, no process, no socket.
     frozenset({
-        "disk.blockmap", "disk.format", "control.messages", "control.wire", "store.layout",
+        "disk.blockmap", "disk.format", "disk.fastpath", "control.messages", "control.wire", "store.layout",
         "store.manifest", "store.retention", "agent.plan", "agent.qemuargs", "memory.stream", "memory.skeleton",
         "vm.definition", "vm.unfinished", "vm.writeprotect", "vm.commandline",
         "vm.barrier", "vm.lineage",
@@ -51,7 +52,8 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"store.collect"}),
     frozenset({"disk.chain", "store.store"}),
     frozenset({
-        "agent.history", "disk.copier", "disk.commit", "disk.fill", "disk.stack", "store.check", "store.ingest",
+        "agent.history", "disk.copier", "disk.commit", "disk.fill", "disk.port", "disk.stack", "store.check",
+        "store.ingest",
         "memory.feed", "store.usage", "view.changes", "view.filediff", "view.report", "view.chunks", "view.physical",
         "view.devices",
     }),

@@ -19,7 +19,8 @@ KEYS = (
     "rest|prepared|armed|switched|committing, checkpoint (the newest under way), "
     "checkpoints (all of them, oldest first: name, stage, copied), job: null or {kind, state, done, total}, warning, "
     "disks: [{name, path, size, uri, overlay_bytes, depth, epoch, in_flight, filled, changed_bytes, reads, writes, "
-    "read_bytes, written_bytes, flushes, error}]}]; null where a VM that does not run has no answer"
+    "read_bytes, written_bytes, fast_requests, flushes, error}]}]; null where a VM that does not run has no answer; "
+    "fast_requests: of reads and writes, those that the C fast path served, null if it is not loaded"
 )
 
 
@@ -127,6 +128,7 @@ def _disk(vm: paths.VmPaths, disk: Mapping[str, Any]) -> dict[str, Any]:
         "uri": f"nbd+unix:///{disk.get('name')}?socket={socket}",
         "overlay_bytes": sum(overlay.get("bytes", 0) for overlay in overlays),
         "depth": 1 + len(overlays),
+        "fast_requests": disk.get("fast_requests"),
         "flushes": disk.get("flushes"),
         "error": disk.get("error"),
     }
@@ -172,9 +174,18 @@ def _disks(disks: list[dict[str, Any]]) -> str:
             "-" if disk["filled"] is None else units.format_size(disk["filled"]),
             units.format_size(disk["read_bytes"] or 0),
             units.format_size(disk["written_bytes"] or 0),
+            _fast(disk),
             disk["error"] or disk["path"],
         )
         for disk in disks
     ]
-    headers = ("DISK", "SIZE", "IN OVERLAYS", "FILLED", "READ", "WRITTEN", "PATH")
-    return output.table(headers, rows, right=headers[1:6])
+    headers = ("DISK", "SIZE", "IN OVERLAYS", "FILLED", "READ", "WRITTEN", "FAST", "PATH")
+    return output.table(headers, rows, right=headers[1:7])
+
+
+def _fast(disk: Mapping[str, Any]) -> str:
+    """The share of requests that the fast path served."""
+    if disk["fast_requests"] is None:
+        return "off"
+    every = (disk["reads"] or 0) + (disk["writes"] or 0)
+    return f"{100 * disk['fast_requests'] // every} %" if every else "on"
