@@ -10,6 +10,7 @@ The chapters are the docstrings of the packages:
 * :mod:`blkckpt.agent` — the plan of a checkpoint and its runner (rules A1 to A3)
 * :mod:`blkckpt.restore` — lazy, eager, revert
 * :mod:`blkckpt.exchange` — NBD exports, image files, bundles for another host (rules X1 to X4)
+* :mod:`blkckpt.view` — checkpoints as files, guests' files, differences (rules V1 to V6)
 * :mod:`blkckpt.cli` — the command line
 """
 

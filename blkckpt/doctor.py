@@ -31,7 +31,8 @@ from types import ModuleType
 
 import blkckpt
 from blkckpt import errors, paths, units
-from blkckpt.agent import nbdserver, rundir
+from blkckpt.agent import fastfilter, nbdserver, rundir
+from blkckpt.view import mounts, records
 
 PROBE_TIMEOUT = 20.0
 """Seconds for a program to tell its version; a cold disk under load takes one or two."""
@@ -71,6 +72,7 @@ def examine(home: paths.Home) -> Iterator[Finding]:
         ("python", python),
         ("nbdkit", nbdkit),
         ("nbdkit python plugin", nbdkit_interpreter),
+        ("fast path", fast_path),
         ("libnbd", libnbd),
         ("qemu", qemu),
         ("userfaultfd", userfaultfd),
@@ -83,6 +85,7 @@ def examine(home: paths.Home) -> Iterator[Finding]:
         ("libraries", libraries),
         ("guest files", guest_files),
         ("leftovers", lambda: leftovers(home)),
+        ("mounts", lambda: dead_mounts(home)),
     )
     for name, check in checks:
         try:
@@ -128,6 +131,22 @@ def nbdkit_interpreter() -> Finding:
     except errors.MissingError as error:
         return Finding(name, Status.FAIL, str(error), "install blkckpt again")
     return Finding(name, Status.OK, f"{version} imports all of {plugin}")
+
+
+def fast_path() -> Finding:
+    """The C filter that serves plain reads and writes: several times as many as the interpreter."""
+    name = "fast path"
+    try:
+        program = nbdserver.probe()
+        found = fastfilter.find(program.version)
+    except errors.MissingError as error:
+        return Finding(name, Status.WARN, f"no nbdkit for it: {error}", fastfilter.ADVICE)
+    if found is None:
+        version = ".".join(map(str, program.version))
+        return Finding(name, Status.WARN, f"not built for nbdkit {version}: guest I/O is slower", fastfilter.ADVICE)
+    if not fastfilter.wanted():
+        return Finding(name, Status.WARN, f"{fastfilter.VARIABLE} switches it off", f"unset {fastfilter.VARIABLE}")
+    return Finding(name, Status.OK, str(found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,6 +377,16 @@ def leftovers(home: paths.Home) -> Finding:
         found = f"{len(sockets)} dead socket{'s' if len(sockets) > 1 else ''}: {', '.join(sockets[:4])}"
         return Finding("leftovers", Status.WARN, found, "harmless: the next `blkckpt run` or 'serve' replaces them")
     return Finding("leftovers", Status.OK, "none")
+
+
+def dead_mounts(home: paths.Home) -> Finding:
+    """Mounts whose process was killed; they are taken away here, since nothing else can be done with them."""
+    cleared = mounts.clear(home)
+    if cleared:
+        found = f"{len(cleared)} left by killed processes: {', '.join(record.directory for record in cleared[:4])}"
+        return Finding("mounts", Status.WARN, found, "they have been taken away; mount again: blkckpt mount")
+    active = records.active(home)
+    return Finding("mounts", Status.OK, ", ".join(record.directory for record in active) or "none")
 
 
 def _orphans(vm: paths.VmPaths) -> list[rundir.Process]:

@@ -11,6 +11,7 @@ Source: POSIX ``rename``, ``fsync``; Pillai et al., "All File Systems Are Not Cr
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
@@ -137,6 +138,20 @@ def open_checked(path: Path, flags: int, what: str) -> int:
         os.close(descriptor)
         raise errors.AccessError(f"{what} {path} {reason}; refusing to use it")
     return descriptor
+
+
+def extents(descriptor: int) -> Iterator[tuple[int, int]]:
+    """``(offset, length)`` of what is not a hole."""
+    end = 0
+    while True:
+        try:
+            start = os.lseek(descriptor, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        end = os.lseek(descriptor, start, os.SEEK_HOLE)
+        yield start, end - start
 
 
 def read_small(path: Path, what: str, limit: int = MAX_SMALL_FILE) -> bytes:

@@ -1,7 +1,7 @@
 """nbdkit plugin of blkckpt: a thin adapter between nbdkit's callbacks and :mod:`blkckpt.control.host`.
 
 Not started by hand: ``blkckpt serve`` and ``blkckpt run`` bind the sockets, clean the environment and give the
-parameters ``home= vm= python= site= control_fd=``, and ``start_fd=`` to wait for the word.
+parameters ``home= vm= python= site= control_fd= fast=``, and ``start_fd=`` to wait for the word.
 
 nbdkit embeds the distribution's interpreter, which knows nothing of the environment blkckpt is installed in; so
 that environment's site directory is put *first* on ``sys.path``, before anything of blkckpt is imported.
@@ -65,7 +65,7 @@ def _tell(error: Exception) -> OSError:
 
 
 def config(key: str, value: str) -> None:
-    if key in _parameters or key not in ("home", "vm", "python", "site", "control_fd", "start_fd"):
+    if key in _parameters or key not in ("home", "vm", "python", "site", "control_fd", "start_fd", "fast"):
         raise ValueError(f"unknown or repeated parameter {key}=")
     _parameters[key] = value
 

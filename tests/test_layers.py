@@ -20,10 +20,11 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"units", "log", "durable", "exchange.qemuimg"}),
     frozenset({
         "paths", "disk.barrier", "disk.api", "disk.blocks", "memory.records", "vm.qemuopts", "agent.drain",
+        "agent.fastfilter",
     }),
     # Pure: values and bytes, no process, no socket.
     frozenset({
-        "disk.blockmap", "disk.format", "control.messages", "control.wire", "store.layout",
+        "disk.blockmap", "disk.format", "disk.fastpath", "control.messages", "control.wire", "store.layout",
         "store.manifest", "store.retention", "agent.plan", "agent.qemuargs", "memory.stream", "memory.skeleton",
         "vm.definition", "vm.unfinished", "vm.writeprotect", "vm.commandline",
         "vm.barrier", "vm.lineage",
@@ -43,7 +44,7 @@ RANKS: tuple[frozenset[str], ...] = (
         "disk.maps", "memory.assemble", "agent.rundir", "agent.guard", "agent.turn", "agent.consistency",
         "agent.machine", "agent.options", "agent.receiver",
     }),
-    frozenset({"disk.layer", "agent.rescue", "memory.intake", "store.images", "agent.nbdserver"}),
+    frozenset({"disk.layer", "agent.rescue", "memory.intake", "store.images", "agent.nbdserver", "view.records"}),
     frozenset({
         "store.compare", "store.frozen", "store.marks", "store.writer", "memory.apart", "exchange.pump",
     }),
@@ -51,16 +52,24 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"store.collect"}),
     frozenset({"disk.chain", "store.store"}),
     frozenset({
-        "agent.history", "disk.copier", "disk.commit", "disk.fill", "disk.stack", "store.check", "store.ingest",
-        "memory.feed", "store.usage", "view.changes", "view.filediff", "view.report",
+        "agent.history", "disk.copier", "disk.commit", "disk.fill", "disk.port", "disk.stack", "store.check",
+        "store.ingest",
+        "memory.feed", "store.usage", "view.changes", "view.filediff", "view.report", "view.chunks", "view.physical",
+        "view.devices",
     }),
-    frozenset({"disk.disk", "disk.statefile", "memory.receive", "agent.forget", "agent.checkpoint", "exchange.inuse"}),
-    frozenset({"disk.member", "exchange.exports", "exchange.packing", "exchange.unpacking"}),
-    frozenset({"disk.background", "exchange.server", "disk.rounds"}),
+    frozenset({
+        "disk.disk", "disk.statefile", "memory.receive", "agent.forget", "agent.checkpoint", "exchange.inuse",
+        "view.content", "view.elf", "view.held",
+    }),
+    frozenset({
+        "disk.member", "exchange.exports", "exchange.packing", "exchange.unpacking", "view.library", "view.nodes",
+    }),
+    frozenset({"disk.background", "exchange.server", "disk.rounds", "view.guest", "view.mounts"}),
     frozenset({"disk.copying"}),
     frozenset({"disk.group", "agent.runner", "view.tree", "exchange.outward"}),
     frozenset({"control.service", "agent.supervisor", "view.fuse"}),
-    frozenset({"control.host", "restore.disks", "restore.ram"}),
+    frozenset({"view.daemon"}),
+    frozenset({"control.host", "restore.disks", "restore.ram", "restore.fused"}),
     frozenset({"restore.machine", "exchange.inward"}),
     frozenset({"restore.revert"}),
     frozenset({"doctor"}),

@@ -12,6 +12,8 @@ What nbdkit gets from us, and why:
 * ``--threads=1`` before 1.33.10: a parallel server aborts there when a client vanishes with two or more requests
   queued, taking every disk with it.
 * Its own process group: Ctrl-C is for the supervisor, which stops things in order.
+* The fast path (:mod:`blkckpt.agent.fastfilter`), when one is built for this nbdkit and not switched off: as a filter,
+  and its path as a parameter, by which the plugin finds the loaded instance.
 
 It can be started *early* (:meth:`NbdServer.early`), before its VM exists: it loads its interpreter, the plugin and
 what reads a store, which takes longer than making the VM, and waits on descriptor 5 (``start_fd=5``).  Its two
@@ -41,6 +43,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import blkckpt
 from blkckpt import durable, errors, lazy, log, paths
+from blkckpt.agent import fastfilter
 
 if TYPE_CHECKING:
     from blkckpt.control import client, messages, wire
@@ -146,6 +149,17 @@ def clean_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**kept, "PATH": CLEAN_PATH, **(more or {})}
 
 
+def fast_path(program: Program) -> Path | None:
+    """The filter to load into *program*, or ``None``: not built, or switched off."""
+    return fastfilter.find(program.version) if fastfilter.wanted() else None
+
+
+def build_fast_path() -> Path:
+    """Build the filter for this machine's nbdkit unless it is there.  MissingError says what that needs."""
+    program = probe()
+    return fastfilter.build(program.path, program.version, clean_environment({"LC_ALL": "C.UTF-8"}))
+
+
 def plugin_path(name: str = "nbdkit_blkckpt.py") -> Path:
     """Our plugin *name*: inside an installed package, else beside the package in a checkout."""
     package = Path(blkckpt.__file__).parent
@@ -232,10 +246,13 @@ class NbdServer:
         self.pidfd = os.pidfd_open(self.pid)
 
     def _command(self, program: Program) -> list[str]:
+        fast = fast_path(program)
         return [
             program.path, "--exit-with-parent", "--foreground", "--log=stderr", *program.options,
+            *([] if fast is None else [f"--filter={fast}"]),
             "python", str(self._plugin), f"home={self.vm.root.parent.parent}", f"vm={self.vm.name}",
             f"python={sys.executable}", f"site={sysconfig.get_path('purelib')}", "control_fd=4",
+            *([] if fast is None else [f"fast={fast}"]),
         ]  # fmt: skip
 
     def wait_ready(self, deadline: float = READY_SECONDS, interrupt: int | None = None) -> messages.Welcome:

@@ -5,21 +5,29 @@ from __future__ import annotations
 import click
 
 from blkckpt import doctor, errors
+from blkckpt.agent import nbdserver
 from blkckpt.cli import output, session, verb
 
 
 @click.command(
     cls=verb.Verb,
-    examples=("blkckpt doctor", "blkckpt doctor --json | jq '.findings[] | select(.status != \"ok\")'"),
+    examples=(
+        "blkckpt doctor",
+        "blkckpt doctor --fix",
+        "blkckpt doctor --json | jq '.findings[] | select(.status != \"ok\")'",
+    ),
     keys="ok, findings: [{name, status: ok|warn|fail, found, advice}]",
 )
+@click.option("--fix", is_flag=True, help="First build the fast path for this machine's nbdkit, if it is not there.")
 @verb.json_option
 @click.pass_obj
-def command(ours: session.Session, as_json: bool) -> None:
+def command(ours: session.Session, fix: bool, as_json: bool) -> None:
     """Check this machine: nbdkit and its interpreter, QEMU, userfaultfd, KVM, FUSE, directories, space.
 
     Exit code 10 when something is missing without which a running VM cannot be checkpointed.
     """
+    if fix:
+        _fix()
     findings = []
     for finding in doctor.examine(ours.home):
         findings.append(finding)
@@ -30,6 +38,14 @@ def command(ours: session.Session, as_json: bool) -> None:
         output.write_json({"ok": not failed, "findings": [_keys(finding) for finding in findings]})
     if failed:
         raise errors.MissingError(f"this machine lacks: {', '.join(finding.name for finding in failed)}")
+
+
+def _fix() -> None:
+    """A machine that cannot build it still works: the check says what is missing."""
+    try:
+        nbdserver.build_fast_path()
+    except errors.BlkckptError as error:
+        click.echo(f"blkckpt: {error}", err=True)
 
 
 def _line(finding: doctor.Finding) -> str:

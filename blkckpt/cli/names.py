@@ -12,6 +12,9 @@ from pathlib import Path
 
 from blkckpt import errors, units
 
+RESERVED = frozenset({"by-time", "by-tag"})
+"""What a mount has beside the checkpoints of a VM."""
+
 LATEST = "latest"
 """Stands for the newest checkpoint of a VM; therefore no checkpoint may be called so."""
 
@@ -74,6 +77,8 @@ def check_new_checkpoint(name: str) -> str:
     """A name that a new checkpoint may bear."""
     if name == LATEST:
         raise errors.InputError(f"{LATEST!r} stands for the newest checkpoint; choose another name")
+    if name in RESERVED:
+        raise errors.InputError(f"{name!r} is a directory beside the checkpoints of a mount; choose another name")
     return units.check_name(name, "checkpoint name")
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from blkckpt.store import manifest
 
 LAZY, EAGER = "lazy", "eager"
+RAW, FUSE = "raw", "fuse"
 """As :mod:`blkckpt.restore.machine` calls them."""
 
 KEYS = (
@@ -33,6 +34,15 @@ mode_option = click.option(
     default=LAZY,
     show_default=True,
     help="lazy: memory is read when the guest touches it; eager: all of it first.",
+)
+memory_option = click.option(
+    "--memory",
+    "source",
+    type=click.Choice([RAW, FUSE]),
+    default=RAW,
+    show_default=True,
+    help="Where lazy memory is read from. raw: the image kept with the checkpoint, made from the store if that is "
+    "gone; fuse: the store itself, nothing is written.",
 )
 detach_option = click.option("--detach", is_flag=True, help="Return when the guest goes on.")
 
@@ -52,6 +62,8 @@ detach_option = click.option("--detach", is_flag=True, help="Return when the gue
 @verb.target_argument
 @click.option("--as", "new_name", metavar="NAME", help="The new VM's name [default: VM-CKPT].")
 @mode_option
+@memory_option
+@click.option("--prefetch", is_flag=True, help="With --memory fuse: when the guest goes on, make its memory its own.")
 @click.option(
     "--print", "print_only", is_flag=True, help="Prepare everything, print QEMU's command line, start nothing."
 )
@@ -64,6 +76,8 @@ def command(
     target: names.Target,
     new_name: str | None,
     mode: str,
+    source: str,
+    prefetch: bool,
     print_only: bool,
     detach: bool,
     as_json: bool,
@@ -75,6 +89,7 @@ def command(
     network it is the same machine as the original: keep them apart. A checkpoint without memory is only served.
     """
     began = time.monotonic()
+    _check(mode, source, prefetch=prefetch, print_only=print_only, detach=detach)
     with contextlib.ExitStack() as stack:
         # first of all: it loads while the disks and the memory of the new VM are being made
         background = stack.enter_context(supervisor.Detached()) if detach and not print_only else None
@@ -85,11 +100,24 @@ def command(
         name = name or units.check_name(f"{target.vm}-{found.manifest.name}"[:64], "VM name")
         with ours.reporter() as progress_:
             chosen = with_arguments(found.manifest, extra)
-            prepared = _machines().restore(ours.home, found.store, chosen, name, mode=mode, progress=progress_.update)
+            prepared = _machines().restore(
+                ours.home, found.store, chosen, name, mode=mode, source=source, progress=progress_.update
+            )
             if print_only:
                 _print(ours, prepared, mode, progress_.update, as_json)
                 return
         go_on(ours, prepared, mode=mode, detach=detach, as_json=as_json, began=began, background=background)
+    if prefetch and prepared.memory:
+        with ours.reporter() as progress_:
+            importlib.import_module("blkckpt.restore.fused").prefetch(ours.home, prepared.vm, progress_.update)
+
+
+def _check(mode: str, source: str, *, prefetch: bool, print_only: bool, detach: bool) -> None:
+    """Options that do not go together."""
+    if source == FUSE and (mode == EAGER or print_only):
+        raise errors.InputError("--memory fuse is for a lazy restore that blkckpt starts; leave out --mode and --print")
+    if prefetch and (source != FUSE or not detach):
+        raise errors.InputError("--prefetch goes with --memory fuse --detach; later it is: blkckpt prefetch VM")
 
 
 def _machines() -> Any:

@@ -12,13 +12,15 @@ from blkckpt import errors, paths, units
 from blkckpt.agent import rundir
 from blkckpt.cli import live, output, run, session, verb
 from blkckpt.control import client
+from blkckpt.view import records
 
 KEYS = (
     "vms: [{vm, state: running|serving|stopped, supervisor, server, machine, console, log, phase: "
     "rest|prepared|armed|switched|committing, checkpoint (the newest under way), "
     "checkpoints (all of them, oldest first: name, stage, copied), job: null or {kind, state, done, total}, warning, "
     "disks: [{name, path, size, uri, overlay_bytes, depth, epoch, in_flight, filled, changed_bytes, reads, writes, "
-    "read_bytes, written_bytes, flushes, error}]}]; null where a VM that does not run has no answer"
+    "read_bytes, written_bytes, fast_requests, flushes, error}]}]; null where a VM that does not run has no answer; "
+    "fast_requests: of reads and writes, those that the C fast path served, null if it is not loaded"
 )
 
 
@@ -103,9 +105,19 @@ def _group(vm: paths.VmPaths, status: Mapping[str, Any]) -> dict[str, Any]:
             for one in status.get("rounds", ())
         ],
         "job": None if not job else {key: job.get(key) for key in ("kind", "state", "done", "total")},
-        "warning": status.get("warning") or status.get("violation"),
+        "warning": status.get("warning") or status.get("violation") or _memory(vm, running=bool(status)),
         "disks": [_disk(vm, disk) for disk in status.get("disks", ())],
     }
+
+
+def _memory(vm: paths.VmPaths, *, running: bool) -> str | None:
+    """What is to be said of a machine that reads its memory from a mount."""
+    record = records.memory_of(paths.home(vm.root.parent.parent), vm.name) if running else None
+    if record is None or record.prefetched:
+        return None
+    if not record.alive:
+        return "the process it reads its memory from was killed: its QEMU will die of that"
+    return f"its memory is read by pid {record.process.pid}, and QEMU dies with it until `blkckpt prefetch {vm.name}`"
 
 
 def _disk(vm: paths.VmPaths, disk: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,6 +128,7 @@ def _disk(vm: paths.VmPaths, disk: Mapping[str, Any]) -> dict[str, Any]:
         "uri": f"nbd+unix:///{disk.get('name')}?socket={socket}",
         "overlay_bytes": sum(overlay.get("bytes", 0) for overlay in overlays),
         "depth": 1 + len(overlays),
+        "fast_requests": disk.get("fast_requests"),
         "flushes": disk.get("flushes"),
         "error": disk.get("error"),
     }
@@ -161,9 +174,18 @@ def _disks(disks: list[dict[str, Any]]) -> str:
             "-" if disk["filled"] is None else units.format_size(disk["filled"]),
             units.format_size(disk["read_bytes"] or 0),
             units.format_size(disk["written_bytes"] or 0),
+            _fast(disk),
             disk["error"] or disk["path"],
         )
         for disk in disks
     ]
-    headers = ("DISK", "SIZE", "IN OVERLAYS", "FILLED", "READ", "WRITTEN", "PATH")
-    return output.table(headers, rows, right=headers[1:6])
+    headers = ("DISK", "SIZE", "IN OVERLAYS", "FILLED", "READ", "WRITTEN", "FAST", "PATH")
+    return output.table(headers, rows, right=headers[1:7])
+
+
+def _fast(disk: Mapping[str, Any]) -> str:
+    """The share of requests that the fast path served."""
+    if disk["fast_requests"] is None:
+        return "off"
+    every = (disk["reads"] or 0) + (disk["writes"] or 0)
+    return f"{100 * disk['fast_requests'] // every} %" if every else "on"

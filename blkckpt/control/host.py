@@ -22,12 +22,13 @@ import importlib
 import os
 import socket
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import blkckpt
 from blkckpt import errors, log, paths
 from blkckpt.control import quitter, server, service
-from blkckpt.disk import api, disk, group
+from blkckpt.disk import api, disk, fastpath, group
 from blkckpt.vm import definition, unfinished
 
 PARAMETERS: Final = {
@@ -37,6 +38,7 @@ PARAMETERS: Final = {
     "site": "its site directory, put first on sys.path by the adapter",
     "control_fd": "the listening control socket, an inherited descriptor",
     "start_fd": "a socket to wait on before the disks are opened, an inherited descriptor; may be left out",
+    "fast": "the fast path that nbdkit has loaded as a filter, if it has",
 }
 
 WIRE_ERRORS: Final = frozenset({
@@ -72,6 +74,7 @@ class Host:
                 raise errors.InputError(f"parameter {name}= is missing: {PARAMETERS[name]}; use `blkckpt serve`")
         self._vm = paths.home(parameters["home"]).vm(parameters["vm"])
         self._python = parameters["python"]
+        self._fast = parameters.get("fast")
         self._listener = _inherited(parameters, "control_fd")
         self._gate = _inherited(parameters, "start_fd") if "start_fd" in parameters else None
         self._quitter = quitter.Quitter(self._vm.nbd_socket, stop)
@@ -87,11 +90,20 @@ class Host:
         try:
             unfinished.check(self._vm)
             definition.check(definition.load(self._vm))
+            self._use_fast_path()
             self._group = group.DiskGroup.open(self._vm, open_image=open_image)
         except errors.BlkckptError as error:
             fatal = {"type": type(error).__name__, "message": str(error)}
             logger.error("the disks cannot be served", extra={"fields": {"fatal": fatal}})
             raise
+
+    def _use_fast_path(self) -> None:
+        """Before any file or map is opened.  Without it the filter lets everything through."""
+        if self._fast is not None:
+            try:
+                fastpath.use(Path(self._fast))
+            except errors.MissingError as error:
+                logger.warning("no fast path", extra={"fields": {"error": str(error)}})
 
     def after_fork(self) -> None:
         """Start everything that has a thread."""

@@ -29,9 +29,9 @@ A request: range check (``disk``) → gate (``epoch``): epoch, view, ticket → 
 ``layer``/``fileio``: data, then live bits → ticket back.  A flush: bottom up, per layer: take the dirty map pages, sync
 the data, write the pages, sync the map.
 
-Modules, lowest first: ``blocks`` ``blockmap`` ``format`` (pure) · ``fileio`` ``epoch`` ``job`` · ``maps`` ``layer`` ·
-``chain`` · ``commit`` ``fill`` ``copier`` ``stack`` · ``disk`` ``statefile`` · ``member`` · ``rounds`` ``background`` ·
-``copying`` · ``group``.
+Modules, lowest first: ``blocks`` ``blockmap`` ``format`` ``fastpath`` (pure) · ``fileio`` ``epoch`` ``job`` · ``maps``
+``layer`` · ``chain`` · ``commit`` ``fill`` ``copier`` ``port`` ``stack`` · ``disk`` ``statefile`` · ``member`` ·
+``rounds`` ``background`` · ``copying`` · ``group``.
 ``api`` and ``barrier`` are what others speak.
 
 Rules
@@ -56,6 +56,32 @@ Rules
 * **D13** Changed bits are set before the data and believed only after a clean stop or on the same boot.  A block that
   an overlay hands down is marked in the map of the overlay's own period before its bit there is cleared, so a copy that
   reads overlays first and maps second misses nothing, whatever is committed meanwhile (:mod:`blkckpt.disk.member`).
+
+The fast path
+-------------
+
+An nbdkit filter in C (``plugins/fastpath``) may serve, in the same process and without the interpreter, what needs no
+decision: reads of plain files, and writes, zeroes and trims that need no copy-up.  It takes no ticket and no lock.
+What it has no view for, and every error, it passes on: the interpreter is complete without it.  Its rules (the C side
+is ``core.c``; ours are :mod:`fastpath`, :mod:`port` and :mod:`epoch`):
+
+* **F1** A request goes in (its thread's slot becomes odd), *then* looks at the view and at what is excluded.  Whoever
+  changes those does so *first* and then settles: waits for the slots that were odd.  Both in the one order of
+  sequentially consistent operations; so after a settle nobody acts on what was there before (D1, D5).
+* **F2** A view in C's terms, and every file and map in it, lives until a settle after it was replaced.
+* **F3** When several disks advance at one instant, all are closed to the fast path before the first advances: there is
+  no moment at which a request of the new epoch on one disk can be answered and a later one on another meet the old.
+* **F4** An armed view takes reads only: a change has to ask the barrier.
+* **F5** A write to blocks of an exclusive ticket (copy-up, window of commit or fill) is passed on.  The ticket excludes
+  them when it is drawn, and settles before it is used (D4, D8).
+* **F6** Order inside a change: changed bits, data, the file's dirty mark, present bits, the dirty marks of the map's
+  pages (D2, D13).  A flush takes marks before what they stand for: pages, their bits, then the file's mark, the sync.
+* **F7** A flush settles before it takes the dirty pages: a request may have set its bit and not yet marked the page,
+  while another one, of the same block, has been answered because the bit was there (D3).
+* **F8** Where the library is loaded every bit is changed by its atomic functions, from either side.  C never touches a
+  page of bits that is not backed, nor sets a bit whose durable page has no space: what may find no space is ours (D10).
+* **F9** Whatever goes wrong (a failed or short read or write, a poisoned file, an unknown disk) sets no bit, is passed
+  on after the request has left, and is done again from the start by the interpreter, which knows the errno (D9, D10).
 
 Crash windows
 -------------

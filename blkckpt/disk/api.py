@@ -102,6 +102,7 @@ class DiskStatus:
     written_bytes: int
     flushes: int
     copy_ups: int
+    fast_requests: int | None  # of reads and writes, those that the C fast path served; None: it is not loaded
     epoch: int  # how often a new view was put in force since the start
     in_flight: int  # requests inside, of all epochs
     error: str | None  # a failed fsync (D9)

@@ -92,7 +92,7 @@ class Emptier:
                     raise
 
     def _commit(self, item: member.Member, overlay: layer.Overlay, progress: Callable[[int, int], None]) -> None:
-        pace = job.Pace(self._stop, lambda: item.disk.activity)
+        pace = job.Pace(self._stop, lambda: item.activity)
 
         def commit() -> None:
             item.empty(overlay, pace, progress)
@@ -141,7 +141,7 @@ class Filler:
                 return
 
     def _fill(self, item: member.Member, stop: threading.Event) -> None:
-        pace = job.Pace(stop, lambda: item.disk.activity)
+        pace = job.Pace(stop, lambda: item.activity)
 
         def fill() -> formats.DiskState:
             state = item.fill(pace, lambda done, total: None)

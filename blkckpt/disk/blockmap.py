@@ -206,9 +206,12 @@ class BlockMap:
         """Set every bit that is set in *other*, a map of the same disk."""
         for page, data in other.pages():
             self.back(page << 15, (page << 15) + 1)
-            place = slice(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT)
-            mine = int.from_bytes(self.bits[place], "little") | int.from_bytes(data, "little")
-            self.bits[place] = mine.to_bytes(PAGE, "little")
+            self._join(page, data)
+
+    def _join(self, page: int, data: bytes) -> None:
+        place = slice(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT)
+        mine = int.from_bytes(self.bits[place], "little") | int.from_bytes(data, "little")
+        self.bits[place] = mine.to_bytes(PAGE, "little")
 
     def read_bytes(self, start: int, length: int) -> bytes:
         """Bytes ``[start, start + length)`` of the bits, zeros past the end; unbacked pages are not touched."""

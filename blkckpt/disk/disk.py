@@ -41,7 +41,7 @@ class Disk:
     """A disk as the guest sees it.  Thread-safe.  Errors are ``OSError`` or have ``.errno`` (D10).
 
     *ask_barrier* looks at the barrier and switches or disarms all disks if that is what it shows.  The counters are
-    approximate under threads.
+    approximate under threads, and know nothing of what the fast path serves.
     """
 
     __slots__ = (
@@ -60,7 +60,7 @@ class Disk:
 
     @property
     def activity(self) -> int:
-        """Grows with every guest request."""
+        """Grows with every request that is served here."""
         return self.reads + self.writes
 
     # ---- requests ----

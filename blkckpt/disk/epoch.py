@@ -13,38 +13,57 @@ needed is asked at admission, under the lock, of the same view the request will 
 *One lock.*  All gates of a VM share one lock, so that their epochs advance at one instant: a request on disk B that
 was issued after one on disk A was acknowledged can never land on the earlier side of the switch.
 
-*The fast path* (C, in the same process) takes no lock.  It shares ``Gate.words``, unsigned 64-bit words in plain
-memory:
-
-=====  ===================================================================================================
-word
-=====  ===================================================================================================
-0      number of the current epoch (written here)
-1      how many reasons there are to stay out: exclusive tickets, arming (written here; 0 = open)
-2      mutating requests of the fast path in flight, all epochs (counted there, atomically)
-8-15   requests of the fast path in flight, by epoch number modulo 8 (counted there, atomically)
-=====  ===================================================================================================
-
-It counts itself in, then looks at words 0 and 1, and backs out if the epoch is another or the gate is not open.
-Modulo 8 is enough: its requests take microseconds, and a round of a checkpoint has five epochs and waits twice.
+*The fast path* (C, in the same process) takes no lock and no ticket.  A :class:`Port` tells it of every view and of
+every exclusive ticket, and :meth:`Port.settle` waits for those of its requests that may not have heard (rules F1 to
+F5 in :mod:`blkckpt.disk`).
 """
 
 from __future__ import annotations
 
 import bisect
-import mmap
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from blkckpt import errors
 
 V = TypeVar("V")
+V_contra = TypeVar("V_contra", contravariant=True)
 
-EPOCH, CLOSED, WRITERS, COUNTS = 0, 1, 2, 8
-FAST_POLL = 0.0005
-"""The fast path signals nobody; its requests take microseconds, so looking again after half a millisecond is rare."""
+SETTLE_SECONDS = 1.0
+"""How long one call waits for requests of the fast path; it is repeated.  They take microseconds, or hang with the
+disk."""
+
+
+class Port(Protocol[V_contra]):
+    """The fast path, as the gate of one disk sees it."""
+
+    def publish(self, view: V_contra | None) -> None:
+        """Requests that come from now on use *view*; with ``None`` they take the way through the gate."""
+
+    def exclude(self, runs: Sequence[tuple[int, int]]) -> Any:
+        """Requests that come from now on and write to *runs* take the way through the gate."""
+
+    def include(self, excluded: Any) -> None:
+        """Undo :meth:`exclude`, which returned *excluded*."""
+
+    def settle(self, seconds: float) -> bool:
+        """Whether every request that was in flight at the call has left within *seconds*."""
+
+
+class NoPort(Generic[V_contra]):
+    """No fast path."""
+
+    def publish(self, view: V_contra | None) -> None: ...
+
+    def exclude(self, runs: Sequence[tuple[int, int]]) -> Any:
+        return None
+
+    def include(self, excluded: Any) -> None: ...
+
+    def settle(self, seconds: float) -> bool:
+        return True
 
 
 class Epoch(Generic[V]):
@@ -61,7 +80,7 @@ class Epoch(Generic[V]):
 class Ticket(Generic[V]):
     """One mutating request in flight on blocks ``[first, end)``."""
 
-    __slots__ = ("end", "epoch", "exclusive", "first", "spans", "view")
+    __slots__ = ("end", "epoch", "excluded", "exclusive", "first", "spans", "view")
 
     def __init__(self, epoch: Epoch[V], first: int, end: int, exclusive: bool) -> None:
         self.epoch = epoch
@@ -70,6 +89,7 @@ class Ticket(Generic[V]):
         self.end = end
         self.exclusive = exclusive
         self.spans: tuple[list[int], list[int]] | None = None
+        self.excluded: Any = None
 
     def overlaps(self, other: Ticket[V]) -> bool:
         if self.first >= other.end or other.first >= self.end:
@@ -91,10 +111,12 @@ def _touches(spans: tuple[list[int], list[int]], first: int, end: int) -> bool:
 class Gate(Generic[V]):
     """The in-flight table of one disk."""
 
-    def __init__(self, lock: threading.Lock, view: V) -> None:
+    def __init__(self, lock: threading.Lock, view: V, port: Port[V] | None = None) -> None:
         self.lock = lock
         self.current: Epoch[V] = Epoch(0, view)
-        self.words = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
+        self.port: Port[V] = port or NoPort()
+        self.port.publish(view)
+        self._settled = -1  # the fast path has left this epoch and those before
         self._left = threading.Condition(lock)
         self._waiting = 0
         self._exclusive = 0
@@ -149,22 +171,32 @@ class Gate(Generic[V]):
             ticket.epoch.active -= 1
             if ticket.exclusive:
                 self._exclusive -= 1
-                self.words[CLOSED] -= 1
+                self.port.include(ticket.excluded)
             if self._waiting:
                 self._left.notify_all()
 
     def _admit_locked(self, ticket: Ticket[V]) -> None:
         if ticket.exclusive:
             self._exclusive += 1
-            self.words[CLOSED] += 1
+            starts, ends = ticket.spans or ([ticket.first], [ticket.end])
+            ticket.excluded = self.port.exclude(list(zip(starts, ends, strict=True)))
         self._waiting += 1
         try:
             while self._blocked_locked(ticket):
                 self._left.wait()
-            while ticket.exclusive and self.words[WRITERS]:
-                self._left.wait(FAST_POLL)
         finally:
             self._waiting -= 1
+        if ticket.exclusive and not self.port.settle(0):
+            self._settle_unlocked()
+
+    def _settle_unlocked(self) -> None:
+        """Wait for the fast path without the lock, which the caller holds: it may wait for a disk."""
+        self.lock.release()
+        try:
+            while not self.port.settle(SETTLE_SECONDS):
+                pass
+        finally:
+            self.lock.acquire()
 
     def _blocked_locked(self, ticket: Ticket[V]) -> bool:
         """Whether an earlier ticket stands in the way (tickets are kept in order of arrival)."""
@@ -180,21 +212,26 @@ class Gate(Generic[V]):
     def advance_locked(self, view: V) -> Epoch[V]:
         """Put *view* in force for requests admitted from now on; returns the epoch that ended."""
         old = self.current
-        self._old = [epoch for epoch in self._old if self._active_locked(epoch)]
+        self._old = [epoch for epoch in self._old if epoch.active]
         self._old.append(old)
         self.current = Epoch(old.number + 1, view)
-        self.words[EPOCH] = old.number + 1
+        self.port.publish(view)
         return old
 
     def close_fast_locked(self) -> None:
-        """Keep the fast path out, because every request must be looked at (arming)."""
-        self.words[CLOSED] += 1
+        """Every request passes this gate, and so the lock, until the next :meth:`advance_locked`.
 
-    def open_fast_locked(self) -> None:
-        self.words[CLOSED] -= 1
+        When several disks advance at one instant all are closed before the first advances: a request of the fast path
+        on the second, issued after one on the first was answered in its new epoch, would be in the old one (F3).
+        """
+        self.port.publish(None)
 
-    def _active_locked(self, epoch: Epoch[V]) -> bool:
-        return bool(epoch.active or self.words[COUNTS + epoch.number % 8])
+    def shut(self) -> None:
+        """No request comes any more: wait for those of the fast path, before the files are closed (F2)."""
+        with self.lock:
+            self.port.publish(None)
+        while not self.port.settle(SETTLE_SECONDS):
+            pass
 
     def wait_drained(self, until: Epoch[V], deadline: float) -> None:
         """Wait until every request of *until* and of the epochs before it has left.
@@ -204,16 +241,26 @@ class Gate(Generic[V]):
         with self.lock:
             self._waiting += 1
             try:
-                while any(epoch.number <= until.number and self._active_locked(epoch) for epoch in self._old):
-                    left = deadline - time.monotonic()
-                    if left <= 0:
-                        raise errors.DeadlineError("requests in flight did not finish in time; is a disk hanging?")
-                    fast = any(self.words[COUNTS : COUNTS + 8])
-                    self._left.wait(min(left, FAST_POLL) if fast else left)
+                while any(epoch.number <= until.number and epoch.active for epoch in self._old):
+                    self._left.wait(_left_until(deadline))
             finally:
                 self._waiting -= 1
+            ended = min(until.number, self.current.number - 1)
+        if ended > self._settled:
+            seconds = 0.0
+            while not self.port.settle(seconds):
+                seconds = min(SETTLE_SECONDS, _left_until(deadline))
+            self._settled = max(self._settled, ended)
 
     def in_flight(self) -> int:
         """How many requests are inside."""
         with self.lock:
             return self.current.active + sum(epoch.active for epoch in self._old)
+
+
+def _left_until(deadline: float) -> float:
+    """Seconds until *deadline*; raises when it is over."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise errors.DeadlineError("requests in flight did not finish in time; is a disk hanging?")
+    return left

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from blkckpt import durable, errors
+from blkckpt.disk import fastpath
 
 Buffer = Any
 """``bytes``, ``bytearray`` or a ``memoryview`` of single bytes."""
@@ -41,10 +42,11 @@ class File:
     """An open file or block device.  Thread-safe; positions are explicit, the descriptor's own is never used.
 
     ``dirty`` is set *after* a change and cleared *before* the sync that covers it, so that a change that returns
-    while a sync runs is never taken for synced.
+    while a sync runs is never taken for synced.  ``fast`` is the same file for the C fast path, which marks its own
+    changes there; a subclass has none, since what it overrides must not be passed by.
     """
 
-    __slots__ = ("_refused", "_sync", "dirty", "failed", "fd", "path", "writable")
+    __slots__ = ("_refused", "_sync", "dirty", "failed", "fast", "fd", "path", "writable")
 
     def __init__(self, descriptor: int, path: Path, writable: bool = True) -> None:
         self.fd = descriptor
@@ -54,6 +56,8 @@ class File:
         self.failed: str | None = None
         self._sync = threading.Lock()
         self._refused: frozenset[int] = frozenset()
+        library = fastpath.library()
+        self.fast = fastpath.File(library, descriptor) if library is not None and type(self) is File else None
 
     def pread_into(self, buf: Buffer, offset: int) -> None:
         """Fill *buf*; EIO when the file is shorter than that."""
@@ -174,7 +178,8 @@ class File:
         """
         with self._sync:
             self.check()
-            if not self.dirty:
+            fast = self.fast is not None and self.fast.take_dirty()
+            if not self.dirty and not fast:
                 return
             self.dirty = False
             try:
@@ -190,6 +195,8 @@ class File:
     def fail(self, reason: str) -> None:
         """Poison the file (D9): reads go on, everything else gets EIO."""
         self.failed = self.failed or reason
+        if self.fast is not None:
+            self.fast.fail()
 
     def check(self) -> None:
         if self.failed is not None:

@@ -250,8 +250,7 @@ class DiskGroup:
                 self._disarm_locked(one, reason)
 
     def _switch_locked(self, one: rounds.Round) -> None:
-        for name, item in self._members.items():
-            item.switch_locked(one.parts[name])
+        member.switch_locked(self._members, one.parts)
         one.instant = time.monotonic_ns()
         one.barrier = one.deadline = self._armed = None
         one.stage = Stage.SWITCHED

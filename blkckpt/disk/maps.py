@@ -9,6 +9,10 @@
 The live map remembers which durable pages it is ahead of.  :meth:`LiveMap.take_dirty` takes their bits *before* the
 layer's data is synced: a bit set meanwhile stays dirty for the next flush, so that no bit becomes durable before its
 block (rule D2).
+
+Where the C fast path is loaded it sets bits too, without a lock: every change then goes through its atomic functions
+(``fast``; rule F8), and whoever takes the dirty pages first lets the requests in flight finish (F7), since one may
+have set its bit and not yet marked the page, while another has been answered because of that bit.
 """
 
 from __future__ import annotations
@@ -17,12 +21,12 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 from blkckpt import durable, errors
-from blkckpt.disk import blockmap, blocks, fileio
+from blkckpt.disk import blockmap, blocks, fastpath, fileio
 from blkckpt.disk import format as formats
 
 Pages = dict[int, bytes]
@@ -48,7 +52,7 @@ UNMARKED = _Unmarked()
 class LiveMap(blockmap.BlockMap):
     """The bits of one layer.  Tests need no lock; :meth:`mark` and :meth:`unmark` take it."""
 
-    __slots__ = ("_dirty", "_durable", "_lock", "fd", "path")
+    __slots__ = ("_dirty", "_durable", "_lock", "fast", "fd", "path")
 
     def __init__(self, path: Path, descriptor: int, size: int, backed: bytearray) -> None:
         mapping = mmap.mmap(descriptor, formats.HEADER + blockmap.byte_count(blocks.count(size)))
@@ -56,8 +60,10 @@ class LiveMap(blockmap.BlockMap):
         self.path = path
         self.fd = descriptor
         self._lock = threading.Lock()
-        self._dirty: set[int] = set()
+        self._dirty = bytearray(formats.slot_count_of(self.blocks))  # one byte a durable page
         self._durable: DurableMap | None = None
+        library = fastpath.library()
+        self.fast = None if library is None else fastpath.Map(library, self.bits, self.blocks, backed)
 
     @classmethod
     def create(cls, path: Path, layer: str, size: int, boot: str, pages: Pages | None = None) -> LiveMap:
@@ -108,6 +114,8 @@ class LiveMap(blockmap.BlockMap):
     def attach(self, durable_map: DurableMap) -> None:
         """Follow *durable_map*: pages changed from now on are dirty."""
         self._durable = durable_map
+        if self.fast is not None:
+            self.fast.attach(durable_map.reserved, self._dirty, formats.SLOT_BLOCKS)
 
     def mark(self, first: int, end: int) -> None:
         """Set a range, from any thread; ENOSPC (of the live or the durable map) before any bit changes."""
@@ -131,18 +139,45 @@ class LiveMap(blockmap.BlockMap):
         if self._durable is not None:
             low, high = first // formats.SLOT_BLOCKS, (end - 1) // formats.SLOT_BLOCKS + 1
             self._durable.reserve(low, high)
-            self._dirty.update(range(low, high))
+            self._dirty[low:high] = b"\1" * (high - low)
+
+    def _fill(self, first: int, end: int, value: int) -> None:
+        if self.fast is None:
+            super()._fill(first, end, value)
+        elif value:
+            self.fast.set(first, end)
+        else:
+            self.fast.clear(first, end)
+
+    def _join(self, page: int, data: bytes) -> None:
+        if self.fast is None:
+            super()._join(page, data)
+        else:
+            self.fast.merge(page << blockmap.PAGE_SHIFT, data)
 
     def take_dirty(self) -> Pages:
         """The bits of every page changed since it was last taken."""
+        if self.fast is not None:
+            fastpath.settle()
         with self._lock:
-            dirty, self._dirty = self._dirty, set()
-            return {page: self.slot_bits(page) for page in sorted(dirty)}
+            return {page: self.slot_bits(page) for page in self._taken_locked()}
+
+    def _taken_locked(self) -> Iterator[int]:
+        """The dirty pages; each is clean before its bits are looked at, so that a later change marks it again."""
+        page = self._dirty.find(1)
+        while page >= 0:
+            if self.fast is not None:
+                self.fast.take(page)
+            else:
+                self._dirty[page] = 0
+            yield page
+            page = self._dirty.find(1, page + 1)
 
     def give_back(self, pages: Iterable[int]) -> None:
         """These pages did not become durable after all."""
         with self._lock:
-            self._dirty.update(pages)
+            for page in pages:
+                self._dirty[page] = 1
 
     def slot_bits(self, page: int) -> bytes:
         """The bits of one durable page."""
@@ -214,7 +249,7 @@ class DurableMap:
         self._layer = layer
         self._pages = formats.slot_count(size)
         self._sequence: dict[int, int] = {}
-        self._reserved = bytearray(self._pages)
+        self.reserved = bytearray(self._pages)  # one byte a page: space for it has been allocated
 
     @classmethod
     def create(cls, path: Path, layer: str, size: int) -> DurableMap:
@@ -262,12 +297,12 @@ class DurableMap:
 
     def reserve(self, low: int, high: int) -> None:
         """Allocate pages ``[low, high)``: the guest's write gets ENOSPC now, not its flush later (D10)."""
-        if self._reserved.find(0, low, high) < 0:
+        if self.reserved.find(0, low, high) < 0:
             return
         for page in range(low, high):
-            if not self._reserved[page]:
+            if not self.reserved[page]:
                 self.file.allocate(formats.slot_offset(page, 0), 2 * formats.SLOT)
-                self._reserved[page] = 1
+                self.reserved[page] = 1
 
     def write(self, pages: Pages) -> None:
         """Make *pages*, and all that was written before, durable.  Costs nothing if there is nothing.

@@ -37,7 +37,7 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from blkckpt import errors
 from blkckpt.memory import records
@@ -54,6 +54,7 @@ SMALL_TOTAL = 64 << 20
 """No more than this much of them; the smallest first."""
 
 MAX_SIZE = 1 << 30
+MAX_TABLE = records.MAX_BLOCKS * 512
 
 _FIXED = struct.Struct("<8s4IQ4I6Q32s")
 _ENTRY = struct.Struct("<QQH")
@@ -88,6 +89,26 @@ class Description:
     blocks: tuple[records.Block, ...]
     devices: Mapping[str, Any] | None
     """QEMU's own JSON description of the device sections; absent with ``suppress-vmdesc``."""
+
+
+class Source(Protocol):
+    """Where a skeleton can be read from a piece at a time (an image of the store)."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, offset: int, length: int) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Where the parts of a skeleton lie in it: ``(offset, length)``, *small* by block."""
+
+    blocks: tuple[records.Block, ...]
+    small: Mapping[str, tuple[int, int]]
+    head: tuple[int, int]
+    live: tuple[int, int]
+    tail: tuple[int, int]
 
 
 def choose_small(blocks: tuple[records.Block, ...]) -> frozenset[str]:
@@ -136,62 +157,100 @@ def _align(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
-def decode(data: bytes) -> Skeleton:
-    """Read a skeleton back; raises :class:`errors.CorruptError` for anything that is not a whole one."""
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """The fixed part, checked but for the checksum."""
+
+    table: int
+    section: int
+    page_size: int
+    count: int
+    places: tuple[tuple[int, int], ...]
+    digest: bytes
+
+
+def _header(data: bytes, size: int) -> _Header:
+    """Read the fixed part of a skeleton of *size* bytes."""
     if len(data) < _FIXED.size or data[:8] != MAGIC:
         raise errors.CorruptError("memory skeleton: it is not one (no magic)")
-    (_, version, incompatible, _, table_length, length, section, page_size, count, _, *places, digest) = _FIXED.unpack(
+    (_, version, incompatible, _, table, length, section, page_size, count, _, *places, digest) = _FIXED.unpack(
         data[: _FIXED.size]
     )
     if version != VERSION or incompatible:
         raise errors.CorruptError(
             f"memory skeleton: version {version}, features {incompatible:#x}; written by a newer blkckpt"
         )
-    if length != len(data) or length > MAX_SIZE:
-        raise errors.CorruptError(f"memory skeleton: {len(data)} bytes where {length} should be")
+    if length != size or length > MAX_SIZE:
+        raise errors.CorruptError(f"memory skeleton: {size} bytes where {length} should be")
+    return _Header(table, section, page_size, count, tuple(zip(places[::2], places[1::2], strict=True)), digest)
+
+
+def decode(data: bytes) -> Skeleton:
+    """Read a skeleton back; raises :class:`errors.CorruptError` for anything that is not a whole one."""
+    header = _header(data, len(data))
     hasher = hashlib.sha256(data[:_SUM_AT])
     hasher.update(bytes(32))
     hasher.update(memoryview(data)[_FIXED.size :])
-    if hasher.digest() != digest:
+    if hasher.digest() != header.digest:
         raise errors.CorruptError("memory skeleton: the checksum is wrong, the file is damaged")
-    if not 1 <= count <= records.MAX_BLOCKS or page_size not in (1 << 12, 1 << 13, 1 << 14, 1 << 15, 1 << 16):
-        raise errors.CorruptError(f"memory skeleton: {count} blocks, pages of {page_size} bytes")
-    table = _slice(data, _FIXED.size, table_length)
-    blocks, small = _decode_table(data, table, count, page_size)
-    head, live, tail = (_slice(data, *pair) for pair in zip(places[::2], places[1::2], strict=True))
-    return Skeleton(section, page_size, blocks, bytes(head), bytes(live), bytes(tail), small)
+    blocks, places = _decode_table(_slice(data, _FIXED.size, header.table), header, len(data))
+    small = {name: _slice(data, *place) for name, place in places.items()}
+    head, live, tail = (bytes(_slice(data, *place)) for place in header.places)
+    return Skeleton(header.section, header.page_size, blocks, head, live, tail, small)
+
+
+def read_index(source: Source) -> Index:
+    """Where the parts lie, without reading them; the source must check what it gives (there is no checksum then)."""
+    header = _header(source.read(0, min(_FIXED.size, source.size)), source.size)
+    _check_place(_FIXED.size, header.table, source.size)
+    if header.table > MAX_TABLE:
+        raise errors.CorruptError(f"memory skeleton: a block table of {header.table} bytes cannot be")
+    table = source.read(_FIXED.size, header.table)
+    blocks, small = _decode_table(memoryview(table), header, source.size)
+    for place in header.places:
+        _check_place(*place, source.size)
+    return Index(blocks, small, *header.places)
+
+
+def _check_place(offset: int, length: int, size: int) -> None:
+    if offset > size or length > size - offset:
+        raise errors.CorruptError(f"memory skeleton: a part at {offset}+{length} is outside the file")
 
 
 def _slice(data: bytes, offset: int, length: int) -> memoryview:
-    if offset > len(data) or length > len(data) - offset:
-        raise errors.CorruptError(f"memory skeleton: a part at {offset}+{length} is outside the file")
+    _check_place(offset, length, len(data))
     return memoryview(data)[offset : offset + length]
 
 
 def _decode_table(
-    data: bytes, table: memoryview, count: int, page_size: int
-) -> tuple[tuple[records.Block, ...], dict[str, memoryview]]:
+    table: memoryview, header: _Header, length: int
+) -> tuple[tuple[records.Block, ...], dict[str, tuple[int, int]]]:
+    """The blocks, and where those that are in a file of *length* bytes lie."""
+    count, page_size = header.count, header.page_size
+    if not 1 <= count <= records.MAX_BLOCKS or page_size not in (1 << 12, 1 << 13, 1 << 14, 1 << 15, 1 << 16):
+        raise errors.CorruptError(f"memory skeleton: {count} blocks, pages of {page_size} bytes")
     blocks: dict[str, records.Block] = {}
-    small: dict[str, memoryview] = {}
+    small: dict[str, tuple[int, int]] = {}
     pos = 0
     for _ in range(count):
         try:
-            size, offset, length = _ENTRY.unpack_from(table, pos)
-            name = bytes(table[pos + _ENTRY.size : pos + _ENTRY.size + length]).decode()
+            size, offset, length_of_name = _ENTRY.unpack_from(table, pos)
+            name = bytes(table[pos + _ENTRY.size : pos + _ENTRY.size + length_of_name]).decode()
         except (struct.error, UnicodeDecodeError) as error:
             raise errors.CorruptError("memory skeleton: the block table is damaged") from error
-        pos += _ENTRY.size + length
+        pos += _ENTRY.size + length_of_name
         if (
             not 0 < size <= records.MAX_RAM
             or size % page_size
             or name in blocks
-            or not 0 < length < 256
+            or not 0 < length_of_name < 256
             or offset % ALIGNMENT
         ):
             raise errors.CorruptError(f"memory skeleton: RAM block {name!r} of {size} bytes cannot be")
         blocks[name] = records.Block(name, size, page_size)
         if offset:
-            small[name] = _slice(data, offset, size)
+            _check_place(offset, size, length)
+            small[name] = (offset, size)
     if pos != len(table):
         raise errors.CorruptError("memory skeleton: the block table has another length than stated")
     return tuple(blocks.values()), small

@@ -15,6 +15,8 @@ lazy      the default.  QEMU maps a raw image of the memory privately and gets a
           kept with the checkpoint; when that is gone it is made from the store first.  QEMU's background snapshot
           cannot write-protect a private mapping of a file that is not on tmpfs, so the next checkpoint of such a
           guest stops it for as long as its memory is saved (see :data:`machine.LAZY_NOTE`).
+          With ``--memory fuse`` there is no raw image: QEMU maps a file of a mount that reads the store's chunks
+          (:mod:`blkckpt.restore.fused`, which says what the death of that mount means and what ends the dependence).
 eager     every page goes through the stream; the machine that results is like the original in every respect.
 print     the disks and the memory are prepared and the command line is printed for a person to run.
 revert    the same VM, its own disks: what differs is written back (:mod:`blkckpt.restore.revert`).

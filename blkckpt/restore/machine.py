@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import os
 import shlex
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from blkckpt import errors, paths
 from blkckpt.agent import rundir, supervisor
@@ -35,6 +37,14 @@ EAGER = "eager"
 COPY_NOTE = (
     "to the outside this is the same machine (MAC addresses, host name, state of its random numbers; only a guest with "
     "a VMGENID device is told): keep it off the original's network, or give it other arguments after --"
+)
+RAW = "raw"
+FUSE = "fuse"
+"""Where a lazily restored machine's memory is read from: a raw image, or the store through a mount of its own."""
+
+FUSE_NOTE = (
+    "its memory is read from the store by a process of its own: if that is killed, QEMU dies at the next page it has "
+    "not read; `blkckpt prefetch {name}` ends that"
 )
 LAZY_NOTE = (
     "its memory is a private mapping of a file, which QEMU cannot snapshot in the background: "
@@ -61,6 +71,7 @@ class Prepared:
     memory: ram.Memory | None = None
     lazy: Mapping[str, Path] | None = None
     directory: str | None = None
+    source: str = RAW
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -69,7 +80,8 @@ class Prepared:
             return ()
         copy = (COPY_NOTE,) if self.checkpoint.vm != self.vm.name else ()
         lazy = (LAZY_NOTE,) if self.lazy else ()
-        return (*copy, *lazy, *commandline.review(self.checkpoint.machine.argv))
+        fuse = (FUSE_NOTE.format(name=self.vm.name),) if self.lazy and self.source == FUSE else ()
+        return (*copy, *lazy, *fuse, *commandline.review(self.checkpoint.machine.argv))
 
 
 def restore(
@@ -79,13 +91,20 @@ def restore(
     name: str,
     *,
     mode: str = LAZY,
+    source: str = RAW,
     progress: Progress,
 ) -> Prepared:
-    """Make VM *name* from *checkpoint*; nothing runs yet."""
+    """Make VM *name* from *checkpoint*; nothing runs yet.  *source* is where a lazy one's memory is read from."""
     vm = home.vm(name)
-    with store.hold(), disks.reserved(vm, store, f"{checkpoint.vm}@{checkpoint.name}"):
+    with store.hold(), disks.reserved(vm, store, f"{checkpoint.vm}@{checkpoint.name}"), contextlib.ExitStack() as undo:
+        mount = None
+        if mode == LAZY and source == FUSE and checkpoint.memory is not None:
+            mount = importlib.import_module("blkckpt.restore.fused").Mount(home, vm, checkpoint)
+            undo.callback(mount.cancel)
         disks.create(vm, store, checkpoint)
-        return prepare_memory(home, vm, store, checkpoint, mode=mode, progress=progress)
+        prepared = prepare_memory(home, vm, store, checkpoint, mode=mode, progress=progress, mount=mount)
+        undo.pop_all()
+        return prepared
 
 
 def prepare_memory(
@@ -96,6 +115,7 @@ def prepare_memory(
     *,
     mode: str,
     progress: Progress,
+    mount: Any = None,
 ) -> Prepared:
     """The memory of *checkpoint* for *vm*, whose disks are those of the checkpoint already."""
     if checkpoint.memory is None:
@@ -106,8 +126,11 @@ def prepare_memory(
     lazy: dict[str, Path] = {}
     if mode == LAZY:
         wanted = commandline.mappable(checkpoint.machine.argv, [block.name for block in ram.blocks(memory)])
-        lazy = ram.link_or_make(vm, memory, wanted, progress)
-    return Prepared(vm, checkpoint, memory, lazy)
+        if mount is not None:
+            lazy = mount.files(wanted, [block.name for block in memory.skeleton.blocks])
+        else:
+            lazy = ram.link_or_make(vm, memory, wanted, progress)
+    return Prepared(vm, checkpoint, memory, lazy, source=FUSE if mount is not None else RAW)
 
 
 # --- the command line ---

@@ -90,6 +90,7 @@ class LocalBackend:
             raise
         except OSError as error:
             raise errors.from_os_error(error, f"writing {path}") from error
+        self._forget(key)
 
     def create(self, key: str) -> LocalAppender:
         path = self.path(key)
@@ -146,15 +147,19 @@ class LocalBackend:
     def delete(self, key: str) -> None:
         """Delete durably; no error if it is gone."""
         path = self.path(key)
-        with self._lock:
-            shared = self._open.pop(key, None)
-        if shared is not None:
-            shared.release()
+        self._forget(key)
         try:
             if path.parent.is_dir():
                 durable.remove(path)
         except OSError as error:
             raise errors.from_os_error(error, f"deleting {path}") from error
+
+    def _forget(self, key: str) -> None:
+        """Close what is kept open of an object that is replaced or gone."""
+        with self._lock:
+            shared = self._open.pop(key, None)
+        if shared is not None:
+            shared.release()
 
     def sweep(self, *, dry_run: bool = False) -> tuple[int, int]:
         """Remove what interrupted writers left: ``(files, bytes)``.  The caller holds the store exclusively.

@@ -36,12 +36,23 @@ def decode(data: bytes, owner: str) -> list[str]:
 def load(where: backend.Backend) -> dict[str, list[str]]:
     """Every pin: owner → images."""
     found = {}
-    for name, size in where.list("pins"):
+    for name, _ in where.list("pins"):
         owner = name.removeprefix("pins/").removesuffix(".json")
-        if size > manifest.MAX_SIZE:
-            raise errors.CorruptError(f"pin {owner} is too long")
         try:
-            found[owner] = decode(where.get(name, 0, size), owner)
+            found[owner] = decode(_read(where, name, owner), owner)
         except errors.NotFoundError:
             continue
     return found
+
+
+def _read(where: backend.Backend, name: str, owner: str) -> bytes:
+    """The whole of a pin, which may be replaced by a longer or shorter one at any time."""
+    while True:
+        size = where.size(name)
+        if size > manifest.MAX_SIZE:
+            raise errors.CorruptError(f"pin {owner} is too long")
+        try:
+            return where.get(name, 0, size)
+        except errors.CorruptError:
+            if where.size(name) == size:
+                raise

@@ -153,10 +153,11 @@ class Disks(stateful.RuleBasedStateMachine):
             self.peer.finish(self.peer.abort(), SECONDS)
         self.stage = "rest"
 
-    @stateful.rule(clean=st.booleans())
-    def restart(self, clean: bool) -> None:
-        """Every acknowledged write survives; a checkpoint under way does not."""
+    @stateful.rule(clean=st.booleans(), fast=st.booleans())
+    def restart(self, clean: bool, fast: bool) -> None:
+        """Every acknowledged write survives; a checkpoint under way does not.  With or without the fast path."""
         self.disconnect()
+        self.stand.fast = fast and self.hook is None
         self.stand.restart(clean=clean)
         self.connect()
         self.stage = "rest"

@@ -20,7 +20,7 @@ from typing import Any, Self
 import nbd
 
 from blkckpt import paths
-from blkckpt.agent import nbdserver, rundir
+from blkckpt.agent import fastfilter, nbdserver, rundir
 from blkckpt.control import client, messages
 from blkckpt.disk import api, group
 from blkckpt.store import store
@@ -42,6 +42,7 @@ class Stand:
 
     def __init__(self, root: Path, sizes: Mapping[str, int], *, hook: str | None = None) -> None:
         self.root = root
+        self.fast = hook is None  # a hook replaces the interpreter's parts, so they must be what serves
         self.sizes = dict(sizes)
         self.home = paths.home(root / "home")
         self.vm = self.home.vm("test")
@@ -82,10 +83,11 @@ class Stand:
                 shutil.rmtree(directory, ignore_errors=True)
 
     def start(self) -> Self:
-        """Start nbdkit and wait until it answers."""
+        """Start nbdkit and wait until it answers; with the C fast path if ``fast`` (and if it is built)."""
         if self._hook:
             os.environ["BLKCKPT_TEST_HOOK"] = self._hook
-        self.server.start()
+        with fast_path(self.fast):
+            self.server.start()
         self.server.wait_ready(SECONDS)
         return self
 
@@ -110,7 +112,8 @@ class Stand:
         plain, self.server = self.server, nbdserver.NbdServer(self.vm, *self._listeners, plugin=HOOKED)
         os.environ["BLKCKPT_TEST_HOOK"] = hook
         try:
-            self.server.start()
+            with fast_path(False):
+                self.server.start()
             self.server.wait_ready(SECONDS)
             yield self
             self.stop()
@@ -184,6 +187,19 @@ class Stand:
     def residue(self) -> list[str]:
         """Layer files that are there although the disks are at rest."""
         return sorted(path.name for path in self.vm.layers.iterdir() if path.name.endswith((".data", ".map")))
+
+
+@contextlib.contextmanager
+def fast_path(on: bool) -> Iterator[None]:
+    """Servers that are started meanwhile have the fast path, or not."""
+    before = os.environ.get(fastfilter.VARIABLE)
+    os.environ[fastfilter.VARIABLE] = "on" if on else "off"
+    try:
+        yield
+    finally:
+        del os.environ[fastfilter.VARIABLE]
+        if before is not None:
+            os.environ[fastfilter.VARIABLE] = before
 
 
 def hang_up(handle: Any) -> None:

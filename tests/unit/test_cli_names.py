@@ -46,6 +46,12 @@ def test_vm_alone_says_how_to_name_a_checkpoint() -> None:
         names.parse_target("web")
 
 
+@pytest.mark.parametrize("name", ["by-time", "by-tag"])
+def test_names_of_a_mount_are_no_checkpoints(name: str) -> None:
+    with pytest.raises(errors.InputError, match="mount"):
+        names.check_new_checkpoint(name)
+
+
 def test_latest_is_not_a_name() -> None:
     assert names.check_new_checkpoint("c1") == "c1"
     for text in (names.LATEST, "a/b", ".."):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -152,26 +152,64 @@ def test_advance_waits_for_nobody() -> None:
     assert time.monotonic() - began < 0.05
 
 
-def test_the_fast_path_is_counted() -> None:
-    """What the C path counts in the shared words is waited for like any other request."""
-    table = gate()
-    table.words[epoch.COUNTS + 0] = 1
+class Fast(epoch.NoPort[str]):
+    """A fast path in the test's hand: what it was told, and whether its requests in flight have left."""
+
+    def __init__(self) -> None:
+        self.told: list[object] = []
+        self.empty = threading.Event()
+        self.empty.set()
+
+    def publish(self, view: str | None) -> None:
+        self.told.append(view)
+
+    def exclude(self, runs: Sequence[tuple[int, int]]) -> object:
+        self.told.append(("exclude", runs))
+        return runs
+
+    def include(self, excluded: object) -> None:
+        self.told.append(("include", excluded))
+
+    def settle(self, seconds: float) -> bool:
+        return self.empty.wait(seconds)
+
+
+def test_f1_draining_waits_for_the_fast_path() -> None:
+    fast = Fast()
+    table = Gate(threading.Lock(), "a", fast)
+    fast.empty.clear()
+    table.wait_drained(table.current, time.monotonic())  # no epoch has ended: nothing to wait for
     ended = advance(table, "b")
-    assert table.words[epoch.EPOCH] == 1
+    assert fast.told == ["a", "b"]
     with pytest.raises(errors.DeadlineError):
         table.wait_drained(ended, time.monotonic() + 0.01)
-    table.words[epoch.COUNTS + 0] = 0
-    table.wait_drained(ended, time.monotonic() + WAIT)
+    drained = Later(lambda: table.wait_drained(ended, time.monotonic() + WAIT))
+    assert not drained.done.wait(0.05)
+    assert table.lock.acquire(timeout=WAIT), "others are held up meanwhile"
+    table.lock.release()
+    fast.empty.set()
+    assert drained.done.wait(WAIT)
 
-    table.words[epoch.WRITERS] = 1
-    later = Later(lambda: table.begin(0, 1, alone))
-    assert later.waits(table, 1)
-    assert table.words[epoch.CLOSED] == 1, "an exclusive ticket keeps the fast path out"
-    table.words[epoch.WRITERS] = 0
+
+def test_f5_an_exclusive_ticket_turns_the_fast_path_away_and_waits_for_it() -> None:
+    fast = Fast()
+    table = Gate(threading.Lock(), "a", fast)
+    fast.empty.clear()
+    later = Later(lambda: table.exclude([(1, 2), (5, 9)]))
+    assert not later.done.wait(0.05)
+    assert fast.told[1:] == [("exclude", [(1, 2), (5, 9)])]
+    other = table.begin(20, 21)
+    table.finish(other)
+    fast.empty.set()
     assert later.done.wait(WAIT)
     assert isinstance(later.result, epoch.Ticket)
     table.finish(later.result)
-    assert table.words[epoch.CLOSED] == 0
+    assert fast.told[2:] == [("include", [(1, 2), (5, 9)])]
+
+    copying = table.begin(3, 4, alone)
+    table.finish(copying)
+    table.finish(table.begin(3, 4))
+    assert fast.told[3:] == [("exclude", [(3, 4)]), ("include", [(3, 4)])]
 
 
 def test_many_threads_leave_nothing_behind() -> None:
@@ -195,4 +233,4 @@ def test_many_threads_leave_nothing_behind() -> None:
         thread.start()
     for thread in threads:
         thread.join(WAIT)
-    assert not wrong and table.in_flight() == 0 and not table._tickets and table.words[epoch.CLOSED] == 0
+    assert not wrong and table.in_flight() == 0 and not table._tickets

@@ -41,6 +41,41 @@ def test_round_trip() -> None:
     assert skeleton.encode(after) == data
 
 
+class Source:
+    """A skeleton's bytes, and how many of them were asked for."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.size, self.asked = data, len(data), 0
+
+    def read(self, offset: int, length: int) -> bytes:
+        self.asked += length
+        return self.data[offset : offset + length]
+
+
+def test_the_parts_are_found_without_reading_them() -> None:
+    before = example()
+    source = Source(skeleton.encode(before))
+    index = skeleton.read_index(source)
+    assert source.asked < 256
+    assert index.blocks == before.blocks
+    for place, wanted in [(index.head, before.head), (index.live, before.live), (index.tail, before.tail),
+                          (index.small["pc.bios"], before.small["pc.bios"])]:  # fmt: skip
+        assert source.data[place[0] : place[0] + place[1]] == bytes(wanted)
+
+
+@pytest.mark.parametrize("offset", [*range(8, 16), *range(20, 32), *range(36, 96), *range(128, 150)])
+def test_an_index_is_bounded(offset: int) -> None:
+    """A byte that is not what it should be is an error or leads to places within the file."""
+    data = bytearray(skeleton.encode(example()))
+    data[offset] ^= 0xFF
+    try:
+        index = skeleton.read_index(Source(bytes(data)))
+    except errors.CorruptError:
+        return
+    for place in (index.head, index.live, index.tail, *index.small.values()):
+        assert place[0] >= 0 and place[0] + place[1] <= len(data)
+
+
 def test_contents_do_not_move_when_the_device_state_grows() -> None:
     """Small blocks deduplicate across checkpoints: their offsets depend on the block list only."""
     before = example()

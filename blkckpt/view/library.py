@@ -1,0 +1,267 @@
+"""The stores that a view looks into: checkpoints and images, opened when asked for and kept while there is room.
+
+Nothing is remembered that could be wrong later: the manifest of a checkpoint is looked at again whenever it is asked
+for (one ``stat``), so that what is made, amended or removed meanwhile is seen; images never change.
+
+Bounds: :data:`MANIFESTS` bytes of manifests, the names of :data:`CHECKPOINTS` VMs' checkpoints, :data:`TABLES` bytes of
+image tables, the chunks' own bound (:mod:`blkckpt.view.chunks`), and for every image ever looked at a few numbers, at
+most :data:`FACTS` of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from blkckpt import durable, errors, log, paths, units
+from blkckpt.memory import skeleton
+from blkckpt.store import images, manifest
+from blkckpt.store import store as stores
+from blkckpt.view import chunks, content, devices
+from blkckpt.vm import definition
+
+CHECKPOINTS = 256
+MANIFESTS = 4 << 20
+TABLES = 32 << 20
+FACTS = 1 << 16
+DECODED = 8
+"""Decoded device states kept: a megabyte each."""
+
+_SETTLED_NS = 10**9
+
+STORES_SECONDS = 2.0
+"""How soon the store of a newly defined VM is seen."""
+
+logger = log.get(__name__)
+_K = TypeVar("_K", bound=Hashable)
+_V = TypeVar("_V")
+
+
+class _Recent(Generic[_K, _V]):
+    """The values used most recently, bounded by the sum of their weights.  Thread-safe."""
+
+    def __init__(self, limit: int, weight: Callable[[_V], int] = lambda _: 1) -> None:
+        self._limit, self._weigh = limit, weight
+        self._lock = threading.Lock()
+        self._found: OrderedDict[_K, _V] = OrderedDict()
+        self._total = 0
+
+    def get(self, key: _K) -> _V | None:
+        with self._lock:
+            value = self._found.get(key)
+            if value is not None:
+                self._found.move_to_end(key)
+            return value
+
+    def put(self, key: _K, value: _V) -> None:
+        with self._lock:
+            old = self._found.pop(key, None)
+            self._total += self._weigh(value) - (self._weigh(old) if old is not None else 0)
+            self._found[key] = value
+            while self._total > self._limit and len(self._found) > 1:
+                self._total -= self._weigh(self._found.popitem(last=False)[1])
+
+    def make(self, key: _K, make: Callable[[], _V]) -> _V:
+        """The value, made now if it is not here (perhaps by two threads at once)."""
+        value = self.get(key)
+        if value is None:
+            value = make()
+            self.put(key, value)
+        return value
+
+
+@dataclass(slots=True)
+class _Shelf:
+    """The checkpoints of one VM: their names, and their times once somebody has asked."""
+
+    states: tuple[tuple[int, ...] | None, ...]
+    names: list[str]
+    settled: bool
+    times: list[tuple[int, str]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A manifest, the store it is in, and the file it was read from."""
+
+    store: stores.Store
+    manifest: manifest.Manifest
+    data: bytes
+    changed_ns: int
+
+
+class Library:
+    """Everything that is kept; thread-safe.  *find* gives the paths of the stores there are now."""
+
+    def __init__(self, find: Callable[[], list[Path]], cache: chunks.Chunks) -> None:
+        self.cache = cache
+        self._find = find
+        self._lock = threading.Lock()
+        self._stores: dict[Path, stores.Store] = {}
+        self._looked = float("-inf")
+        self._checkpoints: _Recent[tuple[str, str, str], tuple[tuple[int, ...], Checkpoint]] = _Recent(
+            MANIFESTS, lambda value: len(value[1].data)
+        )
+        self._shelves: _Recent[str, _Shelf] = _Recent(CHECKPOINTS)
+        self._images: _Recent[tuple[str, str], tuple[content.Image, int]] = _Recent(TABLES, lambda value: value[1])
+        self._indexes: _Recent[tuple[str, str], skeleton.Index] = _Recent(FACTS // 64)
+        self._used: _Recent[tuple[str, str], int] = _Recent(FACTS)
+        self._decoded: _Recent[tuple[str, str], dict[str, Any]] = _Recent(DECODED)
+
+    def places(self) -> list[stores.Store]:
+        """The stores that are there now."""
+        with self._lock:
+            if time.monotonic() - self._looked > STORES_SECONDS:
+                for path in self._find():
+                    if path not in self._stores:
+                        with contextlib.suppress(errors.NotFoundError):
+                            self._stores[path] = stores.Store.open(path)
+                self._looked = time.monotonic()
+            return list(self._stores.values())
+
+    def close(self) -> None:
+        self.cache.close()
+        for one in self._stores.values():
+            one.close()
+
+    # --- checkpoints
+
+    def vms(self) -> list[str]:
+        """The VMs that have a checkpoint."""
+        found = {name for place in self.places() for name in _names(place.path / "manifests")}
+        return sorted(name for name in found if units.NAME.fullmatch(name) and self.checkpoints(name))
+
+    def checkpoints(self, vm: str) -> list[str]:
+        """The checkpoints of *vm*, by name."""
+        return self._shelf(vm).names
+
+    def checkpoint(self, vm: str, name: str) -> Checkpoint:
+        """Checkpoint *name* of *vm* as it is now; NotFoundError, or CorruptError for a damaged manifest."""
+        for place in self.places():
+            path = _path(place, vm, name)
+            state = _state(path)
+            if state is None:
+                continue
+            key = (str(place.path), vm, name)
+            known = self._checkpoints.get(key)
+            if known is not None and known[0] == state:
+                return known[1]
+            found = _load(place, path, vm, name, state[0])
+            self._checkpoints.put(key, (state, found))
+            return found
+        raise errors.NotFoundError(f"{vm} has no checkpoint {name}")
+
+    def times(self, vm: str) -> list[tuple[int, str]]:
+        """``(created_ns, name)`` of every readable checkpoint of *vm*, oldest first."""
+        shelf = self._shelf(vm)
+        if shelf.times is None:
+            shelf.times = sorted(self._times(vm, shelf.names))
+        return shelf.times
+
+    def _times(self, vm: str, names: list[str]) -> Iterator[tuple[int, str]]:
+        for name in names:
+            try:
+                yield self.checkpoint(vm, name).manifest.created_ns, name
+            except errors.NotFoundError:
+                continue
+            except errors.BlkckptError as error:
+                logger.error("left out", extra={"fields": {"checkpoint": f"{vm}@{name}", "error": str(error)}})
+
+    def _shelf(self, vm: str) -> _Shelf:
+        """The list of *vm*'s checkpoints, made anew when a directory of manifests has changed.
+
+        Whatever is made, amended or removed there changes the directory's time.  One that changed within the clock's
+        last steps before it was read is not believed again: it may change once more at the same time.
+        """
+        states = tuple(_state(place.path / "manifests" / vm) for place in self.places())
+        known = self._shelves.get(vm)
+        if known is not None and known.states == states and known.settled:
+            return known
+        now = time.time_ns()
+        found = {name for place in self.places() for name in _names(place.path / "manifests" / vm)}
+        plain = (name.removesuffix(".json") for name in found if name.endswith(".json"))
+        names = sorted(name for name in plain if units.NAME.fullmatch(name))
+        settled = all(state is None or now - state[0] > _SETTLED_NS for state in states)
+        fresh = _Shelf(states, names, settled)
+        if names:
+            self._shelves.put(vm, fresh)
+        return fresh
+
+    # --- images
+
+    def image(self, store: stores.Store, image_id: str) -> content.Image:
+        """The image, opened."""
+
+        def load() -> tuple[content.Image, int]:
+            table = images.load_table(store.packs, image_id)
+            return content.Image(store.packs, table, self.cache), len(table.directory) + 1024
+
+        return self._images.make((store.info.id.hex(), image_id), load)[0]
+
+    def used(self, store: stores.Store, image_id: str) -> int:
+        """Bytes of an image that are not in holes."""
+        return self._used.make((store.info.id.hex(), image_id), lambda: self.image(store, image_id).used())
+
+    def index(self, store: stores.Store, memory: manifest.MemoryImage) -> skeleton.Index:
+        """Where the parts of a memory skeleton lie."""
+
+        def load() -> skeleton.Index:
+            return skeleton.read_index(content.Reader(self.image(store, memory.skeleton)))
+
+        return self._indexes.make((store.info.id.hex(), memory.skeleton), load)
+
+    def devices(self, store: stores.Store, memory: manifest.MemoryImage) -> dict[str, Any]:
+        """The device state of a checkpoint, decoded."""
+
+        def load() -> dict[str, Any]:
+            tail = self.index(store, memory).tail
+            return devices.decode(content.read(self.image(store, memory.skeleton), *tail))
+
+        return self._decoded.make((store.info.id.hex(), memory.skeleton), load)
+
+
+def store_paths(home: paths.Home) -> list[Path]:
+    """Where checkpoints of this home may be: its own store, and those its VMs name."""
+    found = [home.store]
+    for name in home.vm_names():
+        with contextlib.suppress(errors.BlkckptError):  # a damaged VM hides no checkpoint of another
+            chosen = definition.load(home.vm(name)).store
+            found += [Path(chosen)] if chosen else []
+    return [path for path in dict.fromkeys(path.resolve() for path in found) if path.exists()]
+
+
+def _path(place: stores.Store, vm: str, name: str) -> Path:
+    units.check_name(vm, "VM name")
+    return place.path / "manifests" / vm / f"{units.check_name(name, 'checkpoint name')}.json"
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """What changes when the file is another one; its first item is the time of the change."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size
+
+
+def _load(place: stores.Store, path: Path, vm: str, name: str, changed_ns: int) -> Checkpoint:
+    what = f"manifest of {vm}@{name}"
+    data = durable.read_small(path, what, manifest.MAX_SIZE)
+    found = manifest.decode(data, what)
+    if (found.vm, found.name) != (vm, name):
+        raise errors.CorruptError(f"{what} is that of {found.vm}@{found.name}")
+    return Checkpoint(place, found, data, changed_ns)
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return [path.name for path in os.scandir(directory)]
+    except OSError:
+        return []

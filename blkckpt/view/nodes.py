@@ -1,0 +1,105 @@
+"""What a tree consists of: directories, files, links; values without knowledge of checkpoints."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeGuard
+
+from blkckpt import errors, log
+from blkckpt.store import store as stores
+from blkckpt.view import content
+
+logger = log.get(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What ``stat`` says.  *mode* has the type; *used* is bytes on disk; *owner* is (uid, gid) of a guest's file."""
+
+    mode: int
+    size: int
+    used: int
+    changed_ns: int
+    owner: tuple[int, int] | None = None
+
+
+class Node(Protocol):
+    """Something in the tree."""
+
+    def attributes(self) -> Attributes: ...
+
+
+class Directory(Protocol):
+    """A directory: ``child`` raises NotFoundError."""
+
+    def attributes(self) -> Attributes: ...
+    def names(self) -> Iterable[str]: ...
+    def child(self, name: str) -> Node: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A symbolic link."""
+
+    target: str
+    changed_ns: int
+    owner: tuple[int, int] | None = None
+
+    def attributes(self) -> Attributes:
+        length = len(os.fsencode(self.target))
+        return Attributes(stat.S_IFLNK | 0o777, length, 0, self.changed_ns, self.owner)
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of *size* bytes whose content is opened on demand.
+
+    *identity* tells it from another one that has the same path at another time; *store* is where its images are.  A
+    *volatile* file may be another one at the next open; *known* attributes need not be worked out.
+    """
+
+    identity: str
+    size: int
+    changed_ns: int
+    open: Callable[[], content.Content]
+    count: Callable[[], int]
+    store: stores.Store | None = None
+    known: Attributes | None = None
+    volatile: bool = False
+
+    def attributes(self) -> Attributes:
+        if self.known is not None:
+            return self.known
+        try:
+            used = self.count()
+        except errors.BlkckptError as error:  # a damaged image is still listed; reading it says what is wrong
+            logger.warning("size in blocks unknown", extra={"fields": {"file": self.identity, "error": str(error)}})
+            used = self.size
+        return Attributes(stat.S_IFREG | 0o400, self.size, used, self.changed_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A directory with few entries, each made when it is asked for."""
+
+    changed_ns: int
+    entries: Mapping[str, Callable[[], Node]]
+
+    def attributes(self) -> Attributes:
+        return Attributes(stat.S_IFDIR | 0o500, 0, 0, self.changed_ns)
+
+    def names(self) -> Iterable[str]:
+        return self.entries
+
+    def child(self, name: str) -> Node:
+        try:
+            return self.entries[name]()
+        except KeyError:
+            raise errors.NotFoundError(name) from None
+
+
+def is_directory(node: Node) -> TypeGuard[Directory]:
+    return hasattr(node, "child")

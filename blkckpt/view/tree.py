@@ -1,0 +1,380 @@
+"""What a checkpoint looks like as a tree.
+
+::
+
+    VM/CHECKPOINT/manifest.json          the store's own file
+                  timings.json           its seconds by name
+                  disks/NAME.img         raw, sparse
+                  disks/NAME.partitions/N.img …
+                  disks/NAME.files/…     the guest's files (blkckpt.view.guest)
+                  memory/ram.img         main memory, as QEMU's back-end has it (no PCI hole)
+                  memory/blocks/*.img    every RAM block, ROMs too
+                  memory/guest-physical.raw   main memory at its guest-physical addresses, zeros where there is none
+                  memory/core.elf        the same as an ELF core (blkckpt.view.elf)
+                  device-state.bin       the device sections of the stream, verbatim
+                  device-state.json      the same decoded (blkckpt.view.devices); ends in spaces
+    VM/latest, VM/by-time/2026-11-26T18-52-16.123Z    links
+
+A path is looked up anew each time, from the root; what is expensive to know lies in :mod:`blkckpt.view.library`.
+``attributes`` of a file may read image tables and leaves, never data, but for the first chunk of a memory skeleton
+and what a partition table takes.
+
+A file that cannot be offered is left out: ``ram.img``, ``guest-physical.raw`` and ``core.elf`` where the layout is not
+known (:mod:`blkckpt.view.physical`).
+"""
+
+from __future__ import annotations
+
+import bisect
+import calendar
+import json
+import re
+import stat
+import time
+from collections.abc import Callable, Iterable
+
+from blkckpt import errors, log
+from blkckpt.memory import image
+from blkckpt.store import manifest
+from blkckpt.view import content, devices, elf, guest, library, nodes, physical
+
+LATEST = "latest"
+BY_TIME = "by-time"
+
+logger = log.get(__name__)
+
+
+class Tree:
+    """The whole of it; with *vm*, only that one is seen."""
+
+    def __init__(self, books: library.Library, vm: str | None = None) -> None:
+        self.library = books
+        self.guests = guest.Guests(books)
+        self._only = vm
+        self._started = time.time_ns()
+
+    def find(self, path: str) -> nodes.Node:
+        """The node at *path* (``/`` is the root).  NotFoundError, CorruptError."""
+        node: nodes.Node = self
+        parts = [part for part in path.split("/") if part]
+        for number, part in enumerate(parts):
+            if isinstance(node, guest.Directory):
+                return node.descend("/".join(parts[number:]))
+            if not nodes.is_directory(node):
+                raise errors.NotFoundError(path)
+            node = node.child(part)
+        return node
+
+    def attributes(self) -> nodes.Attributes:
+        return nodes.Attributes(stat.S_IFDIR | 0o500, 0, 0, self._started)
+
+    def names(self) -> Iterable[str]:
+        known = self.library.vms()
+        return known if self._only is None else [name for name in known if name == self._only]
+
+    def child(self, name: str) -> nodes.Node:
+        if self._only not in (None, name):
+            raise errors.NotFoundError(name)
+        _checked(name)
+        if not self.library.checkpoints(name):
+            raise errors.NotFoundError(name)
+        return _Machine(self.library, self.guests, name)
+
+    def close(self) -> None:
+        """End what reads guests' files; the library is its maker's."""
+        self.guests.close()
+
+
+def _checked(name: str) -> str:
+    """A name that cannot be one of ours is one that is not there."""
+    if "/" in name or not name.isprintable() or len(name) > 64 or not name[:1].isalnum():
+        raise errors.NotFoundError(name)
+    return name
+
+
+class _Machine:
+    """The checkpoints of one VM."""
+
+    def __init__(self, books: library.Library, guests: guest.Guests, vm: str) -> None:
+        self._library, self._guests, self._vm = books, guests, vm
+
+    def attributes(self) -> nodes.Attributes:
+        known = self._library.times(self._vm)
+        return nodes.Attributes(stat.S_IFDIR | 0o500, 0, 0, known[-1][0] if known else 0)
+
+    def names(self) -> Iterable[str]:
+        known = self._library.checkpoints(self._vm)
+        return [*(name for name in known if name not in (LATEST, BY_TIME)), *((LATEST, BY_TIME) if known else ())]
+
+    def child(self, name: str) -> nodes.Node:
+        if name == BY_TIME:
+            return self._by_time()
+        if name == LATEST:
+            known = self._library.times(self._vm)
+            if not known:
+                raise errors.NotFoundError(name)
+            return nodes.Link(known[-1][1], known[-1][0])
+        return checkpoint_folder(self._library, self._guests, self._library.checkpoint(self._vm, _checked(name)))
+
+    def _by_time(self) -> _ByTime:
+        return _ByTime(self._library.times(self._vm))
+
+
+class _ByTime:
+    """Links to the checkpoints, called by their times; the second of one millisecond is ``…Z-2``."""
+
+    def __init__(self, known: list[tuple[int, str]]) -> None:
+        self._known = known
+
+    def attributes(self) -> nodes.Attributes:
+        return nodes.Attributes(stat.S_IFDIR | 0o500, 0, 0, self._known[-1][0] if self._known else 0)
+
+    def names(self) -> Iterable[str]:
+        before, number = "", 1
+        for created, _ in self._known:
+            text = timestamp(created)
+            number = number + 1 if text == before else 1
+            before = text
+            yield text if number == 1 else f"{text}-{number}"
+
+    def child(self, name: str) -> nodes.Node:
+        first = bisect.bisect_left(self._known, (instant(name), ""))
+        for (created, target), text in zip(self._known[first:], _ByTime(self._known[first:]).names(), strict=True):
+            if text == name:
+                return nodes.Link(f"../{target}", created)
+            if text[:_STAMP] > name[:_STAMP]:
+                break
+        raise errors.NotFoundError(name)
+
+
+_STAMP = len("2026-11-26T18-52-16.123Z")
+
+
+def instant(text: str) -> int:
+    """The first nanosecond of a :func:`timestamp`; NotFoundError for another text."""
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d)\.(\d{3})Z(-\d+)?", text)
+    try:
+        seconds = calendar.timegm(time.strptime(match[1], "%Y-%m-%dT%H-%M-%S")) if match else -1
+    except ValueError:
+        seconds = -1
+    if match is None or seconds < 0:
+        raise errors.NotFoundError(text)
+    return seconds * 10**9 + int(match[2]) * 10**6
+
+
+def timestamp(nanoseconds: int) -> str:
+    """UTC in ISO 8601, with ``-`` for ``:``, which rsync takes for a host name's end."""
+    seconds, rest = divmod(nanoseconds, 10**9)
+    return time.strftime("%Y-%m-%dT%H-%M-%S", time.gmtime(seconds)) + f".{rest // 10**6:03d}Z"
+
+
+# --- one checkpoint
+
+
+def checkpoint_folder(books: library.Library, guests: guest.Guests, found: library.Checkpoint) -> nodes.Folder:
+    """The directory of one checkpoint."""
+    entries: dict[str, Callable[[], nodes.Node]] = {
+        "manifest.json": lambda: _small(found, "manifest.json", found.data),
+        "timings.json": lambda: _small(found, "timings.json", _timings(found.manifest)),
+        "disks": lambda: _disks(books, guests, found),
+    }
+    memory = found.manifest.memory
+    if memory is not None:
+        entries["memory"] = lambda: _memory(books, found, memory)
+        entries["device-state.bin"] = lambda: _device_state(books, found, memory)
+        entries["device-state.json"] = lambda: _decoded_state(books, found, memory)
+    return nodes.Folder(found.manifest.created_ns, entries)
+
+
+def _timings(one: manifest.Manifest) -> bytes:
+    return json.dumps(dict(one.timings), indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _small(found: library.Checkpoint, name: str, data: bytes) -> nodes.File:
+    """A file of the manifest's; its time is that of the manifest, which may be amended."""
+    identity = f"{found.manifest.id}/{name}/{found.changed_ns}"
+    return nodes.File(
+        identity, len(data), found.changed_ns, lambda: content.Bytes(data), lambda: len(data), volatile=True
+    )
+
+
+def _image(books: library.Library, found: library.Checkpoint, image_id: str, size: int) -> nodes.File:
+    """A whole image of the store."""
+
+    def opened() -> content.Content:
+        whole = books.image(found.store, image_id)
+        if whole.size != size:
+            raise errors.CorruptError(f"image {image_id} has {whole.size} bytes, its manifest says {size}")
+        return whole
+
+    return nodes.File(
+        image_id, size, found.manifest.created_ns, opened, lambda: books.used(found.store, image_id), found.store
+    )
+
+
+def _disks(books: library.Library, guests: guest.Guests, found: library.Checkpoint) -> nodes.Folder:
+    entries: dict[str, Callable[[], nodes.Node]] = {}
+    for disk in found.manifest.disks:
+        entries[f"{disk.name}.img"] = lambda disk=disk: _image(books, found, disk.image, disk.size)  # type: ignore[misc]
+        try:
+            known = guests.look(found.store, disk.image)
+        except errors.BlkckptError as error:  # a damaged image has no partitions to show; reading it says why
+            logger.warning("not looked into", extra={"fields": {"image": disk.image, "error": str(error)}})
+            continue
+        if known.partitions:
+            entries[f"{disk.name}.partitions"] = (
+                lambda disk=disk, known=known: _partitions(books, found, disk, known)  # type: ignore[misc]
+            )
+        if known.files:
+            entries[f"{disk.name}.files"] = lambda disk=disk: _files(guests, found, disk)  # type: ignore[misc]
+    return nodes.Folder(found.manifest.created_ns, entries)
+
+
+def _partitions(
+    books: library.Library, found: library.Checkpoint, disk: manifest.DiskImage, known: guest.Found
+) -> nodes.Folder:
+    entries: dict[str, Callable[[], nodes.Node]] = {
+        f"{part.number}.img": lambda part=part: _part(books, found, disk.image, (part.offset, part.length))  # type: ignore[misc]
+        for part in known.partitions
+    }
+    return nodes.Folder(found.manifest.created_ns, entries)
+
+
+def _files(guests: guest.Guests, found: library.Checkpoint, disk: manifest.DiskImage) -> nodes.Node:
+    """The root of the only volume of a disk without a table, else a directory of volumes."""
+    known = guests.volumes(found.store, disk.image)
+    if "" in known:
+        return guest.Directory(found.store, disk.image, known[""], "")
+    entries: dict[str, Callable[[], nodes.Node]] = {
+        name: lambda volume=volume: guest.Directory(found.store, disk.image, volume, "")  # type: ignore[misc]
+        for name, volume in known.items()
+    }
+    return nodes.Folder(found.manifest.created_ns, entries)
+
+
+# --- memory
+
+
+def _memory(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> nodes.Folder:
+    entries: dict[str, Callable[[], nodes.Node]] = {"blocks": lambda: _blocks(books, found, memory)}
+    main = physical.main_blocks(found.manifest)
+    ranges = physical.ranges(found.manifest)
+    if main:
+        entries["ram.img"] = lambda: _ram(books, found, main)
+    if ranges:
+        entries["guest-physical.raw"] = lambda: _physical(books, found, ranges)
+        entries["core.elf"] = lambda: _core(books, found, memory, ranges)
+    return nodes.Folder(found.manifest.created_ns, entries)
+
+
+def _ram(books: library.Library, found: library.Checkpoint, main: tuple[manifest.RamBlock, ...]) -> nodes.File:
+    if len(main) == 1:
+        return _image(books, found, main[0].image, main[0].size)
+    starts = [sum(block.size for block in main[:number]) for number in range(len(main))]
+    size = sum(block.size for block in main)
+
+    def opened() -> content.Content:
+        parts = [books.image(found.store, block.image) for block in main]
+        return content.Pieces(size, list(zip(starts, parts, strict=True)))
+
+    identity = "+".join(block.image for block in main)
+    return nodes.File(
+        identity, size, found.manifest.created_ns, opened, lambda: _used_by(books, found, main), found.store
+    )
+
+
+def _used_by(books: library.Library, found: library.Checkpoint, blocks: Iterable[manifest.RamBlock]) -> int:
+    return sum(books.used(found.store, block.image) for block in blocks)
+
+
+def file_names(blocks: Iterable[str]) -> dict[str, str]:
+    """The files of RAM blocks, file → block: ``0000_00_01.0_vga.vram.img`` → ``0000:00:01.0/vga.vram``."""
+    names = image.file_names(list(blocks))
+    return {name.removesuffix(image.SUFFIX) + ".img": block for block, name in names.items()}
+
+
+def _blocks(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> nodes.Folder:
+    index = books.index(found.store, memory)
+    entries: dict[str, Callable[[], nodes.Node]] = {}
+    main = {block.name: block for block in memory.blocks}
+    for name, block in file_names(block.name for block in index.blocks).items():
+        if block in index.small:
+            place = index.small[block]
+            entries[name] = lambda place=place: _part(books, found, memory.skeleton, place)  # type: ignore[misc]
+        elif block in main:
+            one = main[block]
+            entries[name] = lambda one=one: _image(books, found, one.image, one.size)  # type: ignore[misc]
+    return nodes.Folder(found.manifest.created_ns, entries)
+
+
+def _part(books: library.Library, found: library.Checkpoint, image_id: str, place: tuple[int, int]) -> nodes.File:
+    """A range of an image: a partition, a small RAM block in the skeleton."""
+
+    def opened() -> content.Slice:
+        return content.Slice(books.image(found.store, image_id), *place)
+
+    identity = f"{image_id}+{place[0]}"
+    return nodes.File(identity, place[1], found.manifest.created_ns, opened, lambda: opened().used(), found.store)
+
+
+def _sliced(books: library.Library, found: library.Checkpoint, ranges: Iterable[physical.Range]) -> list[content.Slice]:
+    assert found.manifest.memory is not None
+    blocks = {block.name: block.image for block in found.manifest.memory.blocks}
+    return [content.Slice(books.image(found.store, blocks[one.block]), one.offset, one.size) for one in ranges]
+
+
+def _physical(books: library.Library, found: library.Checkpoint, ranges: tuple[physical.Range, ...]) -> nodes.File:
+    size = max(one.address + one.size for one in ranges)
+    blocks = physical.main_blocks(found.manifest)
+
+    def opened() -> content.Content:
+        parts = zip((one.address for one in ranges), _sliced(books, found, ranges), strict=True)
+        return content.Pieces(size, list(parts))
+
+    identity = f"physical+{found.manifest.id}"
+    return nodes.File(
+        identity, size, found.manifest.created_ns, opened, lambda: _used_by(books, found, blocks), found.store
+    )
+
+
+def _core(
+    books: library.Library,
+    found: library.Checkpoint,
+    memory: manifest.MemoryImage,
+    ranges: tuple[physical.Range, ...],
+) -> nodes.File:
+    size = elf.size(ranges)
+    blocks = physical.main_blocks(found.manifest)
+
+    def opened() -> content.Content:
+        parts: list[tuple[int, content.Content]] = [(0, content.Bytes(elf.head(ranges, _processors())))]
+        offset = elf.HEAD
+        for one in _sliced(books, found, ranges):
+            parts.append((offset, one))
+            offset += one.size
+        return content.Pieces(size, parts)
+
+    def _processors() -> list[devices.Fields]:
+        try:
+            return devices.processors(books.devices(found.store, memory))
+        except errors.CorruptError as error:
+            logger.warning("core without registers", extra={"fields": {"error": str(error)}})
+            return []
+
+    def count() -> int:
+        return elf.HEAD + _used_by(books, found, blocks)
+
+    return nodes.File(f"core+{found.manifest.id}", size, found.manifest.created_ns, opened, count, found.store)
+
+
+def _device_state(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> nodes.File:
+    return _part(books, found, memory.skeleton, books.index(found.store, memory).tail)
+
+
+def _decoded_state(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> nodes.File:
+    size = devices.room(books.index(found.store, memory).tail[1])
+
+    def opened() -> content.Content:
+        return content.Bytes(devices.render(books.devices(found.store, memory), size))
+
+    return nodes.File(f"devices+{memory.skeleton}", size, found.manifest.created_ns, opened, lambda: size, found.store)
