@@ -7,6 +7,7 @@ more than this protocol, which an object store offers as well (``create`` is a m
 ``put(key, data)``              a small object, durable on return; ``exclusive``: never over another
 ``create(key)``                 a large one, appended to; durable under its key after ``commit``
 ``get(key, offset, length)``    exactly that range, or an error
+``hint(key, offset, length)``   will be read soon; may do nothing
 ``size(key)``, ``list(prefix)``, ``delete(key)``
 ==============================  ===================================================================
 
@@ -17,6 +18,7 @@ one of :mod:`blkckpt.durable`: data, fsync, rename, directory fsync.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -57,6 +59,7 @@ class Backend(Protocol):
     def put(self, key: str, data: bytes, *, exclusive: bool = False) -> None: ...
     def create(self, key: str) -> Appender: ...
     def get(self, key: str, offset: int, length: int) -> bytes: ...
+    def hint(self, key: str, offset: int, length: int) -> None: ...
     def size(self, key: str) -> int: ...
     def exists(self, key: str) -> bool: ...
     def list(self, prefix: str) -> Iterator[tuple[str, int]]: ...
@@ -113,6 +116,11 @@ class LocalBackend:
             except OSError as error:
                 raise errors.from_os_error(error, f"reading {self.path(key)}") from error
         return data
+
+    def hint(self, key: str, offset: int, length: int) -> None:
+        """Let the kernel begin to read; what is wrong shows when it is read."""
+        with contextlib.suppress(OSError, errors.BlkckptError), self._borrow(key) as shared:
+            os.posix_fadvise(shared.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
     def size(self, key: str) -> int:
         with self._borrow(key) as shared:

@@ -134,6 +134,19 @@ class Packs:
                 start = entry.offset - first.offset
                 yield entry, data[start : start + entry.stored]
 
+    def hint(self, entries: Sequence[layout.Entry]) -> None:
+        """Non-zero *entries* will be read soon: if they lie in pieces, the disk works on all of them at once.
+
+        What lies in one piece the kernel reads ahead by itself, and better.
+        """
+        runs = list(_runs(entries))
+        if len(runs) <= 2 + sum(entry.stored for entry in entries) // MAX_READ:
+            return
+        for run in runs:
+            first, last = run[0], run[-1]
+            length = last.offset + last.stored - first.offset
+            self.backend.hint(layout.pack_key(first.pack), first.offset, length)
+
     def index(self, pack: int) -> layout.Array:
         """The checked index of a sealed pack."""
         key = layout.pack_key(pack)

@@ -439,3 +439,27 @@ def test_what_cannot_be_read_ahead_fails_for_who_wants_it(target: store.Store, m
     assert b"".join(reader.read(at, CHUNK) for at in range(0, len(data), CHUNK)) == data
     reader.close()
     assert fetches.ahead, "nothing was tried"
+
+
+def test_an_image_in_pieces_is_announced_to_the_disk(target: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece once, before it is read; nothing of an image in one piece, nor for a reader that jumps."""
+    data = bytearray(os.urandom(700 * CHUNK))
+    whole_one = put(target, bytes(data)).image
+    with target.image_writer(len(data), parent=whole_one) as out:
+        for number in range(0, 700, 3):
+            data[number * CHUNK : (number + 1) * CHUNK] = os.urandom(CHUNK)
+            out.write(number * CHUNK, bytes(data[number * CHUNK : (number + 1) * CHUNK]))
+        pieces = out.finish().image
+    told: list[tuple[str, int]] = []
+    monkeypatch.setattr(target._backend, "hint", lambda key, offset, length: told.append((key, offset)))
+    for image, step in ((whole_one, 4), (pieces, 37)):
+        reader = target.image(image, cache=0)
+        for number in range(0, 696, step) if image == whole_one else (0, 300, 5, 690, 40):
+            reader.read(number * CHUNK, 4 * CHUNK)
+    assert told == []
+    reader = target.image(pieces, cache=0)
+    for number in range(0, 700, 4):
+        assert reader.read(number * CHUNK, 4 * CHUNK) == data[number * CHUNK : (number + 4) * CHUNK]
+        places = {(layout.pack_key(entry.pack), entry.offset) for entry in map(reader.entry, range(number + 4, 700))}
+        assert number in (0, 696) or places & set(told), "the disk is ahead of the reader"
+    assert len(told) == len(set(told)) > 400
