@@ -27,6 +27,9 @@ _SCAN_READ = 8 << 20
 MAX_READ = 4 << 20
 """Neighbouring chunks are read together up to this length."""
 
+_PIECE = 1 << 20
+"""Pieces that are smaller on average are announced to the disk."""
+
 _GAP = 4 * layout.ENTRY_HEADER.size + 8192
 """… and over gaps up to this one: reading 8 KiB costs less than another call."""
 
@@ -135,12 +138,12 @@ class Packs:
                 yield entry, data[start : start + entry.stored]
 
     def hint(self, entries: Sequence[layout.Entry]) -> None:
-        """Non-zero *entries* will be read soon: if they lie in pieces, the disk works on all of them at once.
+        """Non-zero *entries* will be read soon: if they lie in small pieces, the disk works on all of them at once.
 
-        What lies in one piece the kernel reads ahead by itself, and better.
+        In large pieces the kernel reads ahead by itself, and better.
         """
         runs = list(_runs(entries))
-        if len(runs) <= 2 + sum(entry.stored for entry in entries) // MAX_READ:
+        if len(runs) <= 2 + sum(entry.stored for entry in entries) // _PIECE:
             return
         for run in runs:
             first, last = run[0], run[-1]
