@@ -10,6 +10,10 @@ fill, are exclusive: they wait for every earlier ticket that overlaps, of any ep
 them.  Waiting is only ever for earlier tickets, so there is no deadlock and no starvation.  Whether exclusion is
 needed is asked at admission, under the lock, of the same view the request will use.
 
+*Watches.*  A window of the commit copies its blocks while writers go on, and must know afterwards which of them
+somebody wrote to meanwhile: :meth:`Gate.watch` notes every ticket that meets its blocks, from those in flight at its
+beginning on.  The fast path is kept out of a watched block, so that its writes are noted as well.
+
 *One lock.*  All gates of a VM share one lock, so that their epochs advance at one instant: a request on disk B that
 was issued after one on disk A was acknowledged can never land on the earlier side of the switch.
 
@@ -21,9 +25,10 @@ F5 in :mod:`blkckpt.disk`).
 from __future__ import annotations
 
 import bisect
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from blkckpt import errors
@@ -108,6 +113,37 @@ def _touches(spans: tuple[list[int], list[int]], first: int, end: int) -> bool:
     return index >= 0 and ends[index] > first
 
 
+class Watch:
+    """Which of some blocks were written to since it began; made by :meth:`Gate.watch`."""
+
+    __slots__ = ("_runs", "_spans", "_touched")
+
+    def __init__(self, runs: Sequence[tuple[int, int]]) -> None:
+        self._runs = runs
+        self._spans = ([run[0] for run in runs], [run[1] for run in runs])
+        self._touched: list[tuple[int, int]] = []
+
+    def note(self, first: int, end: int) -> None:
+        """A request writes to ``[first, end)``.  Under the gate's lock."""
+        if _touches(self._spans, first, end):
+            self._touched.append((first, end))
+
+    def untouched(self) -> list[tuple[int, int]]:
+        """The runs without the blocks that were written to; for whoever holds writers off."""
+        left: list[tuple[int, int]] = []
+        touched = sorted(self._touched)
+        for first, end in self._runs:
+            for low, high in touched:
+                if high <= first or low >= end:
+                    continue
+                if first < low:
+                    left.append((first, low))
+                first = max(first, high)
+            if first < end:
+                left.append((first, end))
+        return left
+
+
 class Gate(Generic[V]):
     """The in-flight table of one disk."""
 
@@ -121,6 +157,7 @@ class Gate(Generic[V]):
         self._waiting = 0
         self._exclusive = 0
         self._tickets: dict[Ticket[V], None] = {}
+        self._watch: Watch | None = None
         self._old: list[Epoch[V]] = []
 
     # ---- requests that change nothing ----
@@ -151,9 +188,30 @@ class Gate(Generic[V]):
             ticket = Ticket(epoch, first, end, alone)
             self._tickets[ticket] = None
             epoch.active += 1
+            if self._watch is not None:
+                self._watch.note(first, end)
             if alone or self._exclusive:
                 self._admit_locked(ticket)
             return ticket
+
+    @contextlib.contextmanager
+    def watch(self, runs: Sequence[tuple[int, int]]) -> Iterator[Watch]:
+        """Note who writes to the sorted, disjoint *runs* of blocks while the block lasts.  One at a time."""
+        watch = Watch(runs)
+        with self.lock:
+            assert self._watch is None, "two windows of one disk at a time"
+            self._watch = watch
+            for ticket in self._tickets:
+                watch.note(ticket.first, ticket.end)
+            excluded = self.port.exclude(runs)
+        try:
+            while not self.port.settle(SETTLE_SECONDS):
+                pass
+            yield watch
+        finally:
+            with self.lock:
+                self._watch = None
+                self.port.include(excluded)
 
     def exclude(self, runs: Sequence[tuple[int, int]]) -> Ticket[V]:
         """Hold off everybody else's writes to the sorted, disjoint *runs* of blocks, once those in flight are done."""

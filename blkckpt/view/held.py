@@ -135,11 +135,21 @@ class _Pin:
         self._open.subtract(wanted)
         self._open = +self._open
 
-    def _write(self, every: frozenset[str], new: frozenset[str]) -> None:
+    def _write(self, every: frozenset[str], wanted: frozenset[str]) -> None:
+        """Pin *every*; NotFoundError if one of *wanted* is gone.
+
+        An image that is open without a pin (it could not be written then) may be gone too: no pin may name it, since
+        a collection would take it for one whose data is lost.
+        """
         backend = self._store.packs.backend
         with lock.shared(self._store.path / "lock", LOCK_SECONDS):
-            for image in new:
-                images.load_table(self._store.packs, image)
+            for image in every - self._written:
+                try:
+                    images.load_table(self._store.packs, image)
+                except errors.NotFoundError:
+                    if image in wanted:
+                        raise
+                    every -= {image}
             if every:
                 backend.put(pins.key(self._owner), pins.encode(self._owner, sorted(every)))
             else:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from blkckpt import paths
+from blkckpt.agent import turn
 from blkckpt.control import client
 from blkckpt.vm import qmp
 from tests.support import guest
@@ -79,14 +80,34 @@ def test_an_interrupted_checkpoint_leaves_nothing(
     assert writer.sweep() == 0, writer.complaints()
 
 
-def test_a_second_checkpoint_is_refused(box: guest.Sandbox, writer: guest.Console) -> None:
-    process = box.start("checkpoint", "v", "--rate", "64K")
-    wait(lambda: phase(box) == "switched")
-    said = box.run("checkpoint", "v", code=5)
+def test_a_second_checkpoint_is_refused_while_the_first_has_its_turn(box: guest.Sandbox, writer: guest.Console) -> None:
+    """A4."""
+    with turn.take(paths.home(box.home).vm("v")):
+        said = box.run("checkpoint", "v", code=5)
     assert "already" in said and said.count("\n") == 1
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+
+
+def test_interrupting_one_of_two_stacked_checkpoints_leaves_the_other(
+    box: guest.Sandbox, writer: guest.Console
+) -> None:
+    """A3, D7: each is taken back by itself."""
+    running = {}
+    for name in ("slow", "next"):
+        running[name] = box.start("checkpoint", "v", "--name", name, "--rate", "64K", "--wait", "60")
+        wait(lambda name=name: name in under_way(box))  # type: ignore[misc]
+    assert under_way(box) == ["slow", "next"]
+    for name, left in (("next", ["slow"]), ("slow", [])):
+        running[name].send_signal(signal.SIGINT)
+        running[name].communicate(timeout=60)
+        assert running[name].returncode == 130
+        wait(lambda left=left: under_way(box) == left)  # type: ignore[misc]
     wait(lambda: phase(box) == "rest")
+    assert not {"slow", "next"} & set(names(box))
+    assert writer.sweep() == 0
+
+
+def under_way(box: guest.Sandbox) -> list[str]:
+    return [one["name"] for one in box.json("status", "v")["vms"][0]["checkpoints"]]
 
 
 def test_run_in_the_foreground_is_the_guests_terminal(sandbox: guest.Sandbox) -> None:

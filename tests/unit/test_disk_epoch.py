@@ -108,6 +108,20 @@ def test_exclusion_is_decided_of_the_view_that_is_used() -> None:
     assert seen == ["old", "new"]
 
 
+def test_d8_a_watch_notes_who_writes_to_its_blocks() -> None:
+    """From those in flight at its beginning to those that began before writers were held off."""
+    table = gate()
+    early, elsewhere = table.begin(11, 12), table.begin(50, 60)
+    with table.watch([(0, 4), (10, 14), (100, 101)]) as watch:
+        table.finish(early)
+        table.finish(table.begin(0, 1))
+        table.finish(table.begin(13, 200))
+        assert watch.untouched() == [(1, 4), (10, 11), (12, 13)]
+    table.finish(table.begin(2, 3))
+    assert watch.untouched() == [(1, 4), (10, 11), (12, 13)], "it is over"
+    table.finish(elsewhere)
+
+
 def test_d8_a_window_of_runs_holds_off_only_its_blocks() -> None:
     table = gate()
     window = table.exclude([(0, 2), (10, 12), (100, 101)])

@@ -394,16 +394,43 @@ def test_d8_a_commit_ends_whatever_the_guest_writes(
     assert rig.base().read_bytes() == disk.read(SIZE, 0)
 
 
-def test_d8_writers_of_other_blocks_go_on_during_a_window(
+def test_d8_nobody_waits_for_a_window_and_what_is_written_meanwhile_stays_above(
     rig: disks.Rig, disk: Disk, files: disks.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Block 0 has been read for the copy when the guest writes to it: the copy must not count."""
     monkeypatch.setattr(commit, "WINDOW_BYTES", 8192)
     checkpoint(rig)
     disk.write(b"a" * 4096, 0)
     disk.write(b"b" * 4096, 20 * 4096)
     release = hold(files, "write", "vda.raw")
     job = rig.group.abort()
-    held(files)  # the window is blocks 0 and 20
+    held(files)  # the window is blocks 0 and 20; block 0 is on its way down
+    files.hold = lambda *what: None
+    disk.write(b"A" * 100, 50)
+    assert disk.read(200, 0) == b"a" * 50 + b"A" * 100 + b"a" * 50
+    bits = rig.group._members["vda"].view.layers[0].bits
+    second = hold(files, "write", "vda.raw")
+    release.set()
+    while files.held.acquire(timeout=WAIT) and not (bits.test(0) and not bits.test(20)):
+        second.set()
+        second = hold(files, "write", "vda.raw")
+    files.hold = lambda *what: None
+    second.set()  # the second pass, which had block 0 left
+    disks.finish(job)
+    expected = b"a" * 50 + b"A" * 100 + b"a" * 3946
+    assert disk.read(4096, 0) == expected == rig.base().read_bytes()[:4096]
+
+
+def test_d8_writers_of_a_block_that_is_never_left_alone_wait_in_the_last_pass(
+    rig: disks.Rig, disk: Disk, files: disks.Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "PASSES", 1)
+    checkpoint(rig)
+    disk.write(b"a" * 4096, 0)
+    disk.write(b"b" * 4096, 20 * 4096)
+    release = hold(files, "write", "vda.raw")
+    job = rig.group.abort()
+    held(files)
     disk.write(b"c" * 4096, 10 * 4096)
     blocked = Background(disk.write, b"A" * 4096, 0)
     gate = rig.group.disks["vda"].gate
