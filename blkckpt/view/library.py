@@ -29,6 +29,9 @@ from blkckpt.vm import definition
 
 CHECKPOINTS = 256
 MANIFESTS = 4 << 20
+FOLDER = 16 << 10
+"""What the nodes of a checkpoint's tree weigh, about."""
+
 TABLES = 32 << 20
 FACTS = 1 << 16
 DECODED = 8
@@ -87,14 +90,15 @@ class _Shelf:
     times: list[tuple[int, str]] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Checkpoint:
-    """A manifest, the store it is in, and the file it was read from."""
+    """A manifest, the store it is in, and the file it was read from; *made* is what was made of it."""
 
     store: stores.Store
     manifest: manifest.Manifest
     data: bytes
     changed_ns: int
+    made: Any = None
 
 
 class Library:
@@ -107,7 +111,7 @@ class Library:
         self._stores: dict[Path, stores.Store] = {}
         self._looked = float("-inf")
         self._checkpoints: _Recent[tuple[str, str, str], tuple[tuple[int, ...], Checkpoint]] = _Recent(
-            MANIFESTS, lambda value: len(value[1].data)
+            MANIFESTS, lambda value: len(value[1].data) + FOLDER
         )
         self._shelves: _Recent[str, _Shelf] = _Recent(CHECKPOINTS)
         self._images: _Recent[tuple[str, str], tuple[content.Image, int]] = _Recent(TABLES, lambda value: value[1])
@@ -157,6 +161,13 @@ class Library:
             self._checkpoints.put(key, (state, found))
             return found
         raise errors.NotFoundError(f"{vm} has no checkpoint {name}")
+
+    def remember(self, found: Checkpoint, make: Callable[[], _V]) -> _V:
+        """What *make* makes of a checkpoint: once for as long as its manifest is kept and stays the same."""
+        if found.made is None:
+            found.made = make()
+        made: _V = found.made
+        return made
 
     def times(self, vm: str) -> list[tuple[int, str]]:
         """``(created_ns, name)`` of every readable checkpoint of *vm*, oldest first."""

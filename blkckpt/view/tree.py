@@ -114,7 +114,8 @@ class _Machine:
             if not known:
                 raise errors.NotFoundError(name)
             return nodes.Link(known[-1][1], known[-1][0])
-        return checkpoint_folder(self._library, self._guests, self._library.checkpoint(self._vm, _checked(name)))
+        found = self._library.checkpoint(self._vm, _checked(name))
+        return self._library.remember(found, lambda: checkpoint_folder(self._library, self._guests, found))
 
     def _by_time(self) -> _ByTime:
         return _ByTime(self._library.times(self._vm))

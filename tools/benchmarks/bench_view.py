@@ -47,7 +47,7 @@ _READER = (
     "while count := os.readv(descriptor, [buffer]): total += count\n"
     "print(total / 1e6 / (time.monotonic() - began))\n"
 )
-_RANDOM_SIZE = 96 << 20
+_RANDOM_SIZE = 48 << 20
 
 
 def run(context_: context.Context) -> list[figures.Figure]:
@@ -97,12 +97,14 @@ def _usr(context_: context.Context, size: int) -> Path:
     return raw
 
 
-def _image(place: store.Store, data: bytes | Path, kind: str, parent: str | None = None, size: int = 0) -> str:
-    """An image of *data*, from *parent* on."""
+def _image(
+    place: store.Store, data: bytes | Path, kind: str, parent: str | None = None, size: int = 0, start: int = 0
+) -> str:
+    """An image of *data* at *start*, from *parent* on."""
     content = data.read_bytes() if isinstance(data, Path) else data
     with place.image_writer(size or len(content), kind=kind, parent=parent, workers=1) as writer:
         for offset in range(0, len(content), 4 << 20):
-            writer.write(offset, content[offset : offset + (4 << 20)])
+            writer.write(start + offset, content[offset : offset + (4 << 20)])
         return writer.finish().image
 
 
@@ -216,7 +218,7 @@ def _thousand(box: guest.Sandbox) -> None:
         memory = _image(place, source.randbytes(8 << 20), "memory", size=ram)
         for number in range(CHECKPOINTS):
             disk, memory = (
-                _image(place, source.randbytes(2 * layout.CHUNK), kind, parent=parent, size=size)
+                _image(place, source.randbytes(2 * layout.CHUNK), kind, parent, size, start=1 << 20)
                 for kind, parent, size in (("disk", disk, 256 << 20), ("memory", memory, ram))
             )
             skeleton_ = _skeleton(number)
