@@ -53,7 +53,7 @@ def command(
     DIR/VM/CHECKPOINT/disks/vda.img           the disk; vda.partitions/1.img …, vda.files/… what is on it
     DIR/VM/CHECKPOINT/memory/core.elf         memory for debuggers; guest-physical.raw, ram.img, blocks/
     DIR/VM/CHECKPOINT/device-state.json       devices; device-state.bin, manifest.json, timings.json
-    DIR/VM/latest, DIR/VM/by-time/…           links
+    DIR/VM/latest, DIR/VM/by-time/…, by-tag/…  links
 
     New checkpoints appear by themselves; what is open stays readable when its checkpoint is removed. Needs no root.
     """

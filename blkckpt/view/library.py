@@ -82,12 +82,13 @@ class _Recent(Generic[_K, _V]):
 
 @dataclass(slots=True)
 class _Shelf:
-    """The checkpoints of one VM: their names, and their times once somebody has asked."""
+    """The checkpoints of one VM: their names, and their times and tags once somebody has asked."""
 
     states: tuple[tuple[int, ...] | None, ...]
     names: list[str]
     settled: bool
     times: list[tuple[int, str]] | None = None
+    tags: dict[str, tuple[int, str]] | None = None
 
 
 @dataclass(slots=True)
@@ -176,6 +177,27 @@ class Library:
             shelf.times = sorted(self._times(vm, shelf.names))
         return shelf.times
 
+    def tags(self, vm: str) -> dict[str, tuple[int, str]]:
+        """Each tag of *vm*'s checkpoints → ``(created_ns, name)`` of the newest that has it."""
+        shelf = self._shelf(vm)
+        if shelf.tags is None:
+            labelled = {name for place in self.places() for name in _names(place.path / "labels" / vm)}
+            shelf.tags = {}
+            for created, name in self.times(vm):
+                if f"{name}.json" in labelled:
+                    shelf.tags.update(dict.fromkeys(self._tags_of(vm, name), (created, name)))
+        return shelf.tags
+
+    def _tags_of(self, vm: str, name: str) -> tuple[str, ...]:
+        try:
+            found = self.checkpoint(vm, name)
+            return found.store.labels(found.manifest).tags
+        except errors.NotFoundError:
+            return ()
+        except errors.BlkckptError as error:
+            logger.error("no tags", extra={"fields": {"checkpoint": f"{vm}@{name}", "error": str(error)}})
+            return ()
+
     def _times(self, vm: str, names: list[str]) -> Iterator[tuple[int, str]]:
         for name in names:
             try:
@@ -186,12 +208,13 @@ class Library:
                 logger.error("left out", extra={"fields": {"checkpoint": f"{vm}@{name}", "error": str(error)}})
 
     def _shelf(self, vm: str) -> _Shelf:
-        """The list of *vm*'s checkpoints, made anew when a directory of manifests has changed.
+        """The list of *vm*'s checkpoints, made anew when a directory of manifests or labels has changed.
 
         Whatever is made, amended or removed there changes the directory's time.  One that changed within the clock's
         last steps before it was read is not believed again: it may change once more at the same time.
         """
-        states = tuple(_state(place.path / "manifests" / vm) for place in self.places())
+        kinds = ("manifests", "labels")
+        states = tuple(_state(place.path / kind / vm) for place in self.places() for kind in kinds)
         known = self._shelves.get(vm)
         if known is not None and known.states == states and known.settled:
             return known

@@ -37,7 +37,7 @@ def fake(directory: Path, name: str, script: str) -> None:
 
 def test_every_check_gives_a_finding(home: paths.Home) -> None:
     findings = list(doctor.examine(home))
-    assert len({finding.name for finding in findings}) == len(findings) == 16
+    assert len({finding.name for finding in findings}) == len(findings) == 17
     for finding in findings:
         assert finding.found
         assert finding.advice or finding.status is doctor.Status.OK, "what is not well says what to do"
