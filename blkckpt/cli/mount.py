@@ -32,7 +32,7 @@ OPTIONS = ("allow_other",)
 @click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
 @click.option("--vm", metavar="NAME", help="Show the checkpoints of this VM only.")
 @click.option("--foreground", is_flag=True, help="Answer in this process until it is unmounted or interrupted.")
-@click.option("--cache", default="128M", show_default=True, metavar="SIZE", help="Decompressed data to keep in memory.")
+@click.option("--cache", default="64M", show_default=True, metavar="SIZE", help="Decompressed data to keep in memory.")
 @click.option("--threads", is_flag=True, help="Answer in several threads: for stores that are slow to read.")
 @click.option("-o", "options", multiple=True, metavar="allow_other", help="Let other users in, who then see all of it.")
 @verb.json_option
@@ -53,7 +53,7 @@ def command(
     DIR/VM/CHECKPOINT/disks/vda.img           the disk; vda.partitions/1.img …, vda.files/… what is on it
     DIR/VM/CHECKPOINT/memory/core.elf         memory for debuggers; guest-physical.raw, ram.img, blocks/
     DIR/VM/CHECKPOINT/device-state.json       devices; device-state.bin, manifest.json, timings.json
-    DIR/VM/latest, DIR/VM/by-time/…           links
+    DIR/VM/latest, DIR/VM/by-time/…, by-tag/…  links
 
     New checkpoints appear by themselves; what is open stays readable when its checkpoint is removed. Needs no root.
     """

@@ -22,8 +22,8 @@ import numpy as np
 from blkckpt import errors
 from blkckpt.store import images, layout, packs
 
-LIMIT = 128 << 20
-"""Default bound of the decoded chunks."""
+LIMIT = 64 << 20
+"""Default bound of the decoded chunks: the read-ahead of a dozen readers."""
 
 LEAVES = 512
 """Leaves kept: 28 KiB each, the entries of 16 GiB."""
@@ -183,6 +183,16 @@ class Chunks:
                 self._leaves.popitem(last=False)
         return data
 
+    def _count(self, store: packs.Packs, table: layout.Table, number: int) -> int:
+        """The bytes in use of a leaf that is not kept: its hash is checked, its entries only as far as they count."""
+        entry = table.leaf(number)
+        data = store.read(entry, f"image {table.image_id} leaf {number}")
+        most = layout.leaf_entries(table.size, number)
+        if len(data) != most * layout.ENTRY.size:
+            raise errors.CorruptError(f"image {table.image_id}: leaf {number} has the wrong length")
+        total = int(np.frombuffer(data, layout.ENTRY_TYPE)["raw"].sum(dtype=np.int64))
+        return min(total, most * layout.CHUNK)
+
     def used(self, store: packs.Packs, table: layout.Table, numbers: Iterable[int]) -> int:
         """The bytes of non-zero chunks of these leaves (which have data)."""
         total = 0
@@ -190,8 +200,7 @@ class Chunks:
             digest = table.leaf(number).hash
             count = self._counts.get(digest)
             if count is None:
-                entries = np.frombuffer(self.leaf(store, table, number), layout.ENTRY_TYPE)
-                count = int(entries["raw"].sum(dtype=np.int64))
+                count = self._count(store, table, number)
                 with self._lock:
                     self._counts[digest] = count
                     if len(self._counts) > COUNTS:

@@ -7,6 +7,7 @@ when the mount is usable or the error that it gave up with; or run in the caller
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -24,6 +25,9 @@ FIRST_OPEN = 120.0
 
 LINGER = 2.0
 
+_COLLECTIONS = (20_000, 20, 20)
+"""Rarer than by default: what is kept lives long, and cycles are few."""
+
 logger = log.get(__name__)
 
 
@@ -37,6 +41,8 @@ def serve(home: paths.Home, orders: mounts.Orders, ready: Callable[[], None]) ->
         root = tree.Tree(books, orders.vm)
         closing.callback(root.close)
         changed = _End(orders.directory).note if orders.user else fuse.ignore
+        gc.freeze()
+        gc.set_threshold(*_COLLECTIONS)
         operations = fuse.Operations(root, pins, ready, shared=orders.shared, changed=changed)
         try:
             fuse.run(

@@ -25,7 +25,7 @@ import stat
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,14 @@ class _Handle:
     cursor: content.Cursor
 
 
+@dataclass(slots=True)
+class _Listing:
+    """An open directory: what it is, and its names once they have been asked for."""
+
+    node: nodes.Directory
+    names: list[str] | None = None
+
+
 def ignore(count: int) -> None:
     """Nobody wants to know how many files are open."""
 
@@ -91,7 +99,7 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self.handles: dict[int, _Handle] = {}
-        self._directories: dict[int, nodes.Directory] = {}
+        self._directories: dict[int, _Listing] = {}
         self._open: Counter[tuple[str, str]] = Counter()
         self._cached: OrderedDict[str, str] = OrderedDict()
         self._said: dict[str, float] = {}
@@ -106,9 +114,8 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
         with self._errors(path):
             if path is None and fh is not None:
                 opened = self.handles.get(fh.fh)
-                node = opened.node if opened else self._directories.get(fh.fh)
-                if node is not None:
-                    return self.attributes(node)
+                if opened is not None:
+                    return self.attributes(opened.node)
             return self.attributes(self._find(path))
 
     def attributes(self, node: nodes.Node) -> dict[str, Any]:
@@ -137,18 +144,24 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
             if not nodes.is_directory(node):
                 raise OSError(errno.ENOTDIR, "not a directory")
             number = next(self._numbers)
-            self._directories[number] = node
+            self._directories[number] = _Listing(node)
             return number
 
     def readdir(self, path: str | None, fh: int) -> Any:
         with self._errors(path):
-            return list(self._directories[fh].names())
+            return list(self._directories[fh].node.names())
 
-    def entries(self, number: int) -> list[tuple[str, dict[str, Any] | None]]:
-        """The names in an open directory with their attributes; None for what cannot be looked at."""
+    def entries(self, number: int, offset: int, *, plus: bool) -> Iterator[tuple[str, dict[str, Any] | None]]:
+        """The names in an open directory from number *offset* on, as they were when it was first read.
+
+        *plus*: with their attributes; None for what cannot be looked at.
+        """
         with self._errors(None):
-            directory = self._directories[number]
-            return [(name, self._quietly(directory, name)) for name in directory.names()]
+            listing = self._directories[number]
+            if listing.names is None or not offset:
+                listing.names = list(listing.node.names())
+        for name in listing.names[offset:]:
+            yield name, self._quietly(listing.node, name) if plus else None
 
     def _quietly(self, directory: nodes.Directory, name: str) -> dict[str, Any] | None:
         try:
@@ -286,14 +299,17 @@ class _Fuse(mfusepy.FUSE):  # type: ignore[misc]
         return int(self.operations.seek(fip.contents.fh, offset, whence))
 
     def readdir_fuse_3(self, path: bytes | None, buf: Any, filler: Any, offset: int, fip: Any, flags: int) -> int:
-        if not flags & _WANT_PLUS:
-            return int(self._readdir(path, buf, filler, offset, fip))
-        for name, attributes in self.operations.entries(fip.contents.fh):
+        """From the entry after *offset* on, until the kernel's buffer is full.
+
+        libfuse takes attributes only with entries that have offsets, by which it asks for the rest.
+        """
+        plus = bool(flags & _WANT_PLUS)
+        for number, (name, found) in enumerate(self.operations.entries(fip.contents.fh, offset, plus=plus), offset + 1):
             entry = mfusepy.c_stat()
-            if attributes is not None:
-                mfusepy.set_st_attrs(entry, attributes, use_ns=True)
-            plus = _FILL_PLUS if attributes is not None else 0
-            if filler(buf, name.encode(self.encoding, self.errors), entry, 0, plus) != 0:
+            if found is not None:
+                mfusepy.set_st_attrs(entry, found, use_ns=True)
+            fill = _FILL_PLUS if found is not None else 0
+            if filler(buf, name.encode(self.encoding, self.errors), entry, number, fill) != 0:
                 break
         return 0
 

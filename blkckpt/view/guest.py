@@ -11,6 +11,7 @@ guest's, and so are the targets of its symbolic links: an absolute one leads, as
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import stat
 import threading
@@ -82,9 +83,15 @@ class Guests:
                 volume.close()
 
 
+@functools.cache
+def _files_can_be_read() -> bool:
+    """Whether the optional extra ``files`` is installed."""
+    return importlib.util.find_spec("dissect") is not None
+
+
 def _look(disk: content.Reader) -> Found:
     table = tuple(partitions.partitions(disk))
-    if importlib.util.find_spec("dissect") is None:
+    if not _files_can_be_read():
         return Found(table, False)
     if probe.probe(disk) is not None:
         return Found(table, True)

@@ -29,6 +29,9 @@ from blkckpt.vm import definition
 
 CHECKPOINTS = 256
 MANIFESTS = 4 << 20
+FOLDER = 16 << 10
+"""What the nodes of a checkpoint's tree weigh, about."""
+
 TABLES = 32 << 20
 FACTS = 1 << 16
 DECODED = 8
@@ -79,22 +82,24 @@ class _Recent(Generic[_K, _V]):
 
 @dataclass(slots=True)
 class _Shelf:
-    """The checkpoints of one VM: their names, and their times once somebody has asked."""
+    """The checkpoints of one VM: their names, and their times and tags once somebody has asked."""
 
     states: tuple[tuple[int, ...] | None, ...]
     names: list[str]
     settled: bool
     times: list[tuple[int, str]] | None = None
+    tags: dict[str, tuple[int, str]] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Checkpoint:
-    """A manifest, the store it is in, and the file it was read from."""
+    """A manifest, the store it is in, and the file it was read from; *made* is what was made of it."""
 
     store: stores.Store
     manifest: manifest.Manifest
     data: bytes
     changed_ns: int
+    made: Any = None
 
 
 class Library:
@@ -107,7 +112,7 @@ class Library:
         self._stores: dict[Path, stores.Store] = {}
         self._looked = float("-inf")
         self._checkpoints: _Recent[tuple[str, str, str], tuple[tuple[int, ...], Checkpoint]] = _Recent(
-            MANIFESTS, lambda value: len(value[1].data)
+            MANIFESTS, lambda value: len(value[1].data) + FOLDER
         )
         self._shelves: _Recent[str, _Shelf] = _Recent(CHECKPOINTS)
         self._images: _Recent[tuple[str, str], tuple[content.Image, int]] = _Recent(TABLES, lambda value: value[1])
@@ -158,12 +163,40 @@ class Library:
             return found
         raise errors.NotFoundError(f"{vm} has no checkpoint {name}")
 
+    def remember(self, found: Checkpoint, make: Callable[[], _V]) -> _V:
+        """What *make* makes of a checkpoint: once for as long as its manifest is kept and stays the same."""
+        if found.made is None:
+            found.made = make()
+        made: _V = found.made
+        return made
+
     def times(self, vm: str) -> list[tuple[int, str]]:
         """``(created_ns, name)`` of every readable checkpoint of *vm*, oldest first."""
         shelf = self._shelf(vm)
         if shelf.times is None:
             shelf.times = sorted(self._times(vm, shelf.names))
         return shelf.times
+
+    def tags(self, vm: str) -> dict[str, tuple[int, str]]:
+        """Each tag of *vm*'s checkpoints → ``(created_ns, name)`` of the newest that has it."""
+        shelf = self._shelf(vm)
+        if shelf.tags is None:
+            labelled = {name for place in self.places() for name in _names(place.path / "labels" / vm)}
+            shelf.tags = {}
+            for created, name in self.times(vm):
+                if f"{name}.json" in labelled:
+                    shelf.tags.update(dict.fromkeys(self._tags_of(vm, name), (created, name)))
+        return shelf.tags
+
+    def _tags_of(self, vm: str, name: str) -> tuple[str, ...]:
+        try:
+            found = self.checkpoint(vm, name)
+            return found.store.labels(found.manifest).tags
+        except errors.NotFoundError:
+            return ()
+        except errors.BlkckptError as error:
+            logger.error("no tags", extra={"fields": {"checkpoint": f"{vm}@{name}", "error": str(error)}})
+            return ()
 
     def _times(self, vm: str, names: list[str]) -> Iterator[tuple[int, str]]:
         for name in names:
@@ -175,12 +208,13 @@ class Library:
                 logger.error("left out", extra={"fields": {"checkpoint": f"{vm}@{name}", "error": str(error)}})
 
     def _shelf(self, vm: str) -> _Shelf:
-        """The list of *vm*'s checkpoints, made anew when a directory of manifests has changed.
+        """The list of *vm*'s checkpoints, made anew when a directory of manifests or labels has changed.
 
         Whatever is made, amended or removed there changes the directory's time.  One that changed within the clock's
         last steps before it was read is not believed again: it may change once more at the same time.
         """
-        states = tuple(_state(place.path / "manifests" / vm) for place in self.places())
+        kinds = ("manifests", "labels")
+        states = tuple(_state(place.path / kind / vm) for place in self.places() for kind in kinds)
         known = self._shelves.get(vm)
         if known is not None and known.states == states and known.settled:
             return known

@@ -53,12 +53,12 @@ class Link:
         return Attributes(stat.S_IFLNK | 0o777, length, 0, self.changed_ns, self.owner)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class File:
     """A file of *size* bytes whose content is opened on demand.
 
     *identity* tells it from another one that has the same path at another time; *store* is where its images are.  A
-    *volatile* file may be another one at the next open; *known* attributes need not be worked out.
+    *volatile* file may be another one at the next open.  Its attributes are worked out once.
     """
 
     identity: str
@@ -74,19 +74,22 @@ class File:
         if self.known is not None:
             return self.known
         try:
-            used = self.count()
+            found = Attributes(stat.S_IFREG | 0o400, self.size, self.count(), self.changed_ns)
         except errors.BlkckptError as error:  # a damaged image is still listed; reading it says what is wrong
             logger.warning("size in blocks unknown", extra={"fields": {"file": self.identity, "error": str(error)}})
-            used = self.size
-        return Attributes(stat.S_IFREG | 0o400, self.size, used, self.changed_ns)
+            return Attributes(stat.S_IFREG | 0o400, self.size, self.size, self.changed_ns)
+        self.known = found
+        return found
 
 
-@dataclass(frozen=True, slots=True)
 class Folder:
-    """A directory with few entries, each made when it is asked for."""
+    """A directory with few entries, each made when it is first asked for (and again if that failed)."""
 
-    changed_ns: int
-    entries: Mapping[str, Callable[[], Node]]
+    __slots__ = ("_made", "changed_ns", "entries")
+
+    def __init__(self, changed_ns: int, entries: Mapping[str, Callable[[], Node]]) -> None:
+        self.changed_ns, self.entries = changed_ns, entries
+        self._made: dict[str, Node] = {}
 
     def attributes(self) -> Attributes:
         return Attributes(stat.S_IFDIR | 0o500, 0, 0, self.changed_ns)
@@ -95,10 +98,12 @@ class Folder:
         return self.entries
 
     def child(self, name: str) -> Node:
-        try:
-            return self.entries[name]()
-        except KeyError:
-            raise errors.NotFoundError(name) from None
+        made = self._made.get(name)
+        if made is None:
+            if name not in self.entries:
+                raise errors.NotFoundError(name)
+            made = self._made[name] = self.entries[name]()
+        return made
 
 
 def is_directory(node: Node) -> TypeGuard[Directory]:

@@ -14,6 +14,7 @@
                   device-state.bin       the device sections of the stream, verbatim
                   device-state.json      the same decoded (blkckpt.view.devices); ends in spaces
     VM/latest, VM/by-time/2026-11-26T18-52-16.123Z    links
+    VM/by-tag/TAG                        a link to the newest checkpoint that has the tag
 
 A path is looked up anew each time, from the root; what is expensive to know lies in :mod:`blkckpt.view.library`.
 ``attributes`` of a file may read image tables and leaves, never data, but for the first chunk of a memory skeleton
@@ -40,6 +41,7 @@ from blkckpt.view import content, devices, elf, guest, library, nodes, physical
 
 LATEST = "latest"
 BY_TIME = "by-time"
+BY_TAG = "by-tag"
 
 logger = log.get(__name__)
 
@@ -104,17 +106,30 @@ class _Machine:
 
     def names(self) -> Iterable[str]:
         known = self._library.checkpoints(self._vm)
-        return [*(name for name in known if name not in (LATEST, BY_TIME)), *((LATEST, BY_TIME) if known else ())]
+        extra = (LATEST, BY_TIME, BY_TAG)
+        return [*(name for name in known if name not in extra), *(extra if known else ())]
 
     def child(self, name: str) -> nodes.Node:
         if name == BY_TIME:
             return self._by_time()
+        if name == BY_TAG:
+            return self._by_tag()
         if name == LATEST:
             known = self._library.times(self._vm)
             if not known:
                 raise errors.NotFoundError(name)
             return nodes.Link(known[-1][1], known[-1][0])
-        return checkpoint_folder(self._library, self._guests, self._library.checkpoint(self._vm, _checked(name)))
+        found = self._library.checkpoint(self._vm, _checked(name))
+        return self._library.remember(found, lambda: checkpoint_folder(self._library, self._guests, found))
+
+    def _by_tag(self) -> nodes.Folder:
+        known = self._library.tags(self._vm)
+        newest = max((created for created, _ in known.values()), default=self.attributes().changed_ns)
+        entries: dict[str, Callable[[], nodes.Node]] = {
+            tag: lambda created=created, name=name: nodes.Link(f"../{name}", created)  # type: ignore[misc]
+            for tag, (created, name) in sorted(known.items())
+        }
+        return nodes.Folder(newest, entries)
 
     def _by_time(self) -> _ByTime:
         return _ByTime(self._library.times(self._vm))

@@ -129,6 +129,22 @@ def test_names(view: Path, home: paths.Home) -> None:
     assert (vm / "one/disks/vda.img").stat().st_mode & 0o777 == 0o400
 
 
+def test_tags(view: Path, home: paths.Home) -> None:
+    """A tag leads to the newest checkpoint that has it, from the moment it is given to the moment it is taken."""
+    tags = view / "web/by-tag"
+    assert list(tags.iterdir()) == []
+    with store.Store.open(home.store) as place:
+        for name in ("one", "two"):
+            place.relabel("web", name, lambda labels: labels.tag(["good"]))
+        place.relabel("web", "one", lambda labels: labels.tag(["first"]))
+        mounted.eventually((tags / "first").exists, "the tags", 10)
+        assert {path.name: str(path.readlink()) for path in tags.iterdir()} == {"good": "../two", "first": "../one"}
+        assert (tags / "first/manifest.json").exists()
+        place.relabel("web", "two", lambda labels: labels.untag(["good"]))
+        mounted.eventually(lambda: str((tags / "good").readlink()) == "../one", "the other", 10)
+        place.relabel("web", "one", lambda labels: labels.untag(["good", "first"]))
+
+
 def test_what_is_amended_is_seen(view: Path, home: paths.Home) -> None:
     before = (view / "web/two/manifest.json").read_bytes()
     with store.Store.open(home.store) as place:

@@ -88,10 +88,10 @@ class Plain:
 
 
 class Ours:
-    """A checkpoint, restored again and again; the user waits from the command to the first line."""
+    """A checkpoint, restored again and again with *words*; the user waits from the command to the first line."""
 
-    def __init__(self, box: guest.Sandbox, size: Size) -> None:
-        self._box, self._name = box, size.name
+    def __init__(self, box: guest.Sandbox, size: Size, *words: str) -> None:
+        self._box, self._name, self._words = box, size.name, words
         self._numbers = itertools.count()
         self.machine: list[float] = []
         """Of each sample, seconds from the start of the QEMU process: the rest is our own processes starting."""
@@ -107,7 +107,7 @@ class Ours:
     def sample(self) -> float:
         name = f"{self._name}{next(self._numbers)}"
         began, began_boot = time.monotonic(), time.clock_gettime(time.CLOCK_BOOTTIME)
-        restoring = self._box.start("restore", f"{self._name}@c", "--as", name, "--detach", "--json")
+        restoring = self._box.start("restore", f"{self._name}@c", "--as", name, "--detach", "--json", *self._words)
         try:
             _first_output(self._box.serial)
             took = time.monotonic() - began
@@ -137,7 +137,7 @@ def _cached(path: Path) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def _cold(one: Plain | Ours, warm_programs: Callable[[], None] | None) -> float:
+def cold(one: Plain | Ours, warm_programs: Callable[[], None] | None) -> float:
     """A sample of *one* with its data on the disk, and the programs in memory if *warm_programs* brings them there."""
     context.drop_caches()
     if warm_programs:
@@ -149,10 +149,10 @@ def _cold(one: Plain | Ours, warm_programs: Callable[[], None] | None) -> float:
 
 
 @contextlib.contextmanager
-def _small(context_: context.Context, serial: guest.Serial) -> Iterator[Callable[[], None]]:
+def small(context_: context.Context, serial: guest.Serial, *words: str) -> Iterator[Callable[[], None]]:
     """A small guest in a home of its own: what it gives brings the programs of both peers into the page cache."""
     with product.sandbox(context_.directory, "programs") as box:
-        both = (Ours(box, SMALL), Plain(context_, SMALL, serial))
+        both = (Ours(box, SMALL, *words), Plain(context_, SMALL, serial))
 
         def warm() -> None:
             for one in both:
@@ -162,23 +162,23 @@ def _small(context_: context.Context, serial: guest.Serial) -> Iterator[Callable
 
 
 def _peers(
-    context_: context.Context, size: Size, serial: guest.Serial, warm: Callable[[], None], rounds: int, cold: int
+    context_: context.Context, size: Size, serial: guest.Serial, warm: Callable[[], None], rounds: int, unprepared: int
 ) -> tuple[dict[str, figures.Samples], dict[str, figures.Samples], figures.Samples]:
-    """Samples of both peers with the programs in memory and (*cold* rounds) without; our QEMU's share of the first."""
+    """Samples of both with the programs in memory and (*unprepared* rounds) without; our QEMU's share of the first."""
     context_.say(f"a checkpoint of a guest of {size.memory} MiB with {size.fill} MiB of random data")
     with product.sandbox(context_.directory) as box:
         ours = Ours(box, size)
         context_.say("the same guest under QEMU alone, its full stream in a file")
         plain = Plain(context_, size, serial)
         context_.say("their data on the disk, the programs in memory")
-        samplers = {OURS: lambda: _cold(ours, warm), QEMU: lambda: _cold(plain, warm)}
+        samplers = {OURS: lambda: cold(ours, warm), QEMU: lambda: cold(plain, warm)}
         found = context_.round_robin(rounds, samplers, "s")
         machine = figures.Samples(list(ours.machine), "s")
         everything = {}
-        if cold:
+        if unprepared:
             context_.say("data and programs on the disk")
-            samplers = {OURS: lambda: _cold(ours, None), QEMU: lambda: _cold(plain, None)}
-            everything = context_.round_robin(cold, samplers, "s")
+            samplers = {OURS: lambda: cold(ours, None), QEMU: lambda: cold(plain, None)}
+            everything = context_.round_robin(unprepared, samplers, "s")
         plain.stream.unlink()
     return found, everything, machine
 
@@ -188,13 +188,13 @@ def run(context_: context.Context) -> list[figures.Figure]:
     if not Path("/proc/sys/vm/drop_caches").exists():
         raise context.BenchError("the page cache cannot be dropped here; run as root")
     rounds = context_.pick(3, 7)
-    with guests.serial(context_.directory) as serial, _small(context_, serial) as warm:
-        usual, cold, machine = _peers(context_, USUAL, serial, warm, rounds, context_.pick(1, 3))
+    with guests.serial(context_.directory) as serial, small(context_, serial) as warm:
+        usual, first, machine = _peers(context_, USUAL, serial, warm, rounds, context_.pick(1, 3))
         large = None if context_.quick else _peers(context_, LARGE, serial, warm, 3, 0)[0]
     alone = {"its QEMU alone": machine, QEMU: usual[QEMU]}
     return [
         figures.ratio("lazy_restore_speedup", QEMU, OURS, usual, figures.at_least(8)),
         figures.ratio("lazy_restore_speedup_qemu", QEMU, "its QEMU alone", alone, None),
-        figures.ratio("lazy_restore_speedup_cold", QEMU, OURS, cold, None),
+        figures.ratio("lazy_restore_speedup_cold", QEMU, OURS, first, None),
         *([figures.ratio("lazy_restore_speedup_4g", QEMU, OURS, large, None)] if large else []),
     ]

@@ -12,13 +12,12 @@ Listing.  ``ls -lR`` over a thousand checkpoints, each with a disk, memory and d
 has seen none of them; the most memory that its process ever had.
 
 Restore.  From the command to the guest's first line with its memory straight from compressed chunks, beside QEMU alone
-reading its whole stream (as in the bench ``restore``); caches dropped.
+reading its whole stream; the guest's data on the disk, the programs in memory (see the bench ``restore``).
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import random
@@ -27,7 +26,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import context, figures, guests, product, servers
+from benchmarks import bench_restore, context, figures, guests, product, servers
 from blkckpt import paths
 from blkckpt.memory import skeleton
 from blkckpt.store import layout, manifest, store
@@ -38,8 +37,6 @@ DESCRIPTION = "checkpoints as files: sequential, random, ls of 1,000, restore wi
 OURS, LZ4, RAW, NBDFUSE = "blkckpt mount", "lz4 -dc", "raw file", "nbdfuse, nbdkit file"
 FUSE, QEMU = "restore --memory fuse", "qemu -incoming"
 CHECKPOINTS = 1000
-MEMORY, RANDOM_MIB, DISK = 2048, 640, 1 << 28
-OPTIONS = {"fill": RANDOM_MIB, "dirty": 20, "beat": 20}
 _READER = (
     "import os, sys, time\n"
     "descriptor = os.open(sys.argv[1], os.O_RDONLY); buffer = bytearray(1 << 20); began = time.monotonic()\n"
@@ -47,7 +44,7 @@ _READER = (
     "while count := os.readv(descriptor, [buffer]): total += count\n"
     "print(total / 1e6 / (time.monotonic() - began))\n"
 )
-_RANDOM_SIZE = 96 << 20
+_RANDOM_SIZE = 48 << 20
 
 
 def run(context_: context.Context) -> list[figures.Figure]:
@@ -62,8 +59,7 @@ def run(context_: context.Context) -> list[figures.Figure]:
     with product.sandbox(context_.directory) as box:
         found += _listing(context_, box)
     if guest.ready():
-        with product.sandbox(context_.directory) as box:
-            found += _restore(context_, box)
+        found += _restore(context_)
     return found
 
 
@@ -97,12 +93,14 @@ def _usr(context_: context.Context, size: int) -> Path:
     return raw
 
 
-def _image(place: store.Store, data: bytes | Path, kind: str, parent: str | None = None, size: int = 0) -> str:
-    """An image of *data*, from *parent* on."""
+def _image(
+    place: store.Store, data: bytes | Path, kind: str, parent: str | None = None, size: int = 0, start: int = 0
+) -> str:
+    """An image of *data* at *start*, from *parent* on."""
     content = data.read_bytes() if isinstance(data, Path) else data
     with place.image_writer(size or len(content), kind=kind, parent=parent, workers=1) as writer:
         for offset in range(0, len(content), 4 << 20):
-            writer.write(offset, content[offset : offset + (4 << 20)])
+            writer.write(start + offset, content[offset : offset + (4 << 20)])
         return writer.finish().image
 
 
@@ -216,7 +214,7 @@ def _thousand(box: guest.Sandbox) -> None:
         memory = _image(place, source.randbytes(8 << 20), "memory", size=ram)
         for number in range(CHECKPOINTS):
             disk, memory = (
-                _image(place, source.randbytes(2 * layout.CHUNK), kind, parent=parent, size=size)
+                _image(place, source.randbytes(2 * layout.CHUNK), kind, parent, size, start=1 << 20)
                 for kind, parent, size in (("disk", disk, 256 << 20), ("memory", memory, ram))
             )
             skeleton_ = _skeleton(number)
@@ -253,43 +251,20 @@ def _listing(context_: context.Context, box: guest.Sandbox) -> list[figures.Figu
 # --- restore
 
 
-def _restore(context_: context.Context, box: guest.Sandbox) -> list[figures.Figure]:
-    context_.say(f"a checkpoint of a 2 GiB guest with {RANDOM_MIB} MiB of random data")
-    with guests.ours(box, "origin", "idle", MEMORY, DISK, **OPTIONS):
-        box.run("checkpoint", "origin", "--name", "c", timeout=600)
-    numbers = itertools.count()
-
-    def ours() -> float:
-        name = f"copy{next(numbers)}"
-        context.drop_caches()
-        began = time.monotonic()
-        restoring = box.start("restore", "origin@c", "--as", name, "--memory", "fuse", "--detach")
-        try:
-            box.serial.accept(120).beat(120)
-            took = time.monotonic() - began
-        finally:
-            _, complaint = restoring.communicate(timeout=120)
-            if restoring.returncode != 0:
-                raise context.BenchError(f"blkckpt restore failed: {complaint.strip()}")
-        box.stop(name)
-        box.remove(name)
-        return took
-
-    disk, stream = context_.directory / "plain.raw", context_.directory / "stream"
-    with disk.open("wb") as file:
-        file.truncate(DISK)
-    with guests.serial(context_.directory) as serial:
-        command = [*guest.machine(serial.path, "idle", memory=MEMORY, **OPTIONS), *guest.disk_arguments([disk])]
-        with guests.plain(context_.directory, command, serial) as running:
-            running.monitor.background_snapshot(f"exec:cat > {stream}")
-
-        def plain() -> float:
-            context.drop_caches()
-            began = time.monotonic()
-            incoming = [*command, "-incoming", f"exec:cat {stream}"]
-            with context.process(incoming, log=context_.directory / "incoming.log"):
-                serial.accept(120).beat(120)
-                return time.monotonic() - began
-
-        peers = context_.round_robin(context_.pick(3, 7), {FUSE: ours, QEMU: plain}, "s")
+def _restore(context_: context.Context) -> list[figures.Figure]:
+    """As the bench ``restore`` does it, with other words."""
+    words = ("--memory", "fuse")
+    with (
+        guests.serial(context_.directory) as serial,
+        bench_restore.small(context_, serial, *words) as warm,
+        product.sandbox(context_.directory) as box,
+    ):
+        context_.say("a checkpoint of a 2 GiB guest with 640 MiB of random data, and its stream from QEMU alone")
+        ours = bench_restore.Ours(box, bench_restore.USUAL, *words)
+        plain = bench_restore.Plain(context_, bench_restore.USUAL, serial)
+        samplers = {
+            FUSE: lambda: bench_restore.cold(ours, warm),
+            QEMU: lambda: bench_restore.cold(plain, warm),
+        }
+        peers = context_.round_robin(context_.pick(3, 7), samplers, "s")
     return [figures.ratio("fuse_restore_speedup", QEMU, FUSE, peers, figures.at_least(5))]
