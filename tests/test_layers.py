@@ -45,6 +45,7 @@ RANKS: tuple[frozenset[str], ...] = (
         "agent.machine", "agent.options", "agent.receiver",
     }),
     frozenset({"disk.layer", "agent.rescue", "memory.intake", "store.images", "agent.nbdserver", "view.records"}),
+    frozenset({"view.starting"}),
     frozenset({
         "store.compare", "store.frozen", "store.marks", "store.writer", "memory.apart", "exchange.pump",
     }),
@@ -69,7 +70,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"disk.group", "agent.runner", "view.tree", "exchange.outward"}),
     frozenset({"control.service", "agent.supervisor", "view.fuse"}),
     frozenset({"view.daemon"}),
-    frozenset({"control.host", "restore.disks", "restore.ram", "restore.fused"}),
+    frozenset({"control.host", "restore.disks", "restore.ram", "restore.fused", "restore.prefetch"}),
     frozenset({"restore.machine", "exchange.inward"}),
     frozenset({"restore.revert"}),
     frozenset({"doctor"}),

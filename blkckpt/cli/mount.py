@@ -12,7 +12,7 @@ import click
 
 from blkckpt import errors, units
 from blkckpt.cli import output, session, verb
-from blkckpt.view import mounts, records
+from blkckpt.view import mounts, records, starting
 
 KEYS = "directory, vm, pid, id, log; without DIR: mounts: [{directory, vm, pid, id, alive, user, prefetched}]"
 OPTIONS = ("allow_other",)
@@ -60,7 +60,7 @@ def command(
     if directory is None:
         _list(ours, as_json)
         return
-    orders = mounts.Orders(
+    orders = starting.Orders(
         directory=str(mounts.prepare(ours.home, directory)),
         vm=units.check_name(vm, "VM name") if vm else None,
         cache=units.parse_size(cache),
@@ -85,11 +85,11 @@ def _shared(options: tuple[str, ...]) -> bool:
     return bool(given)
 
 
-def _foreground(ours: session.Session, orders: mounts.Orders, as_json: bool) -> None:
+def _foreground(ours: session.Session, orders: starting.Orders, as_json: bool) -> None:
     def ready() -> None:
         record = next(one for one in records.active(ours.home) if one.process.pid == os.getpid())
         _report(ours, record, as_json)
-        threading.Thread(target=mounts.settle, args=(record,), daemon=True).start()
+        threading.Thread(target=starting.settle, args=(record,), daemon=True).start()
 
     # the FUSE library is needed in the process that answers only
     importlib.import_module("blkckpt.view.daemon").serve(ours.home, orders, ready)
@@ -97,11 +97,11 @@ def _foreground(ours: session.Session, orders: mounts.Orders, as_json: bool) -> 
 
 def _report(ours: session.Session, record: records.Record, as_json: bool) -> None:
     if as_json:
-        output.write_json({**_keys(record), "log": str(mounts.log_path(ours.home))})
+        output.write_json({**_keys(record), "log": str(starting.log_path(ours.home))})
         return
     output.write(
         f"checkpoints are mounted on {record.directory} (pid {record.process.pid}); what cannot be read is said in "
-        f"{mounts.log_path(ours.home)}; end it: blkckpt umount {record.directory}"
+        f"{starting.log_path(ours.home)}; end it: blkckpt umount {record.directory}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from blkckpt.cli import output, session, verb
-from blkckpt.restore import fused
+from blkckpt.restore import prefetch
 
 
 @click.command(
@@ -24,7 +24,7 @@ def command(ours: session.Session, name: str, as_json: bool) -> None:
     """
     vm, _ = ours.vm(name)
     with ours.reporter() as bars:
-        record = fused.prefetch(ours.home, vm, bars.update)
+        record = prefetch.prefetch(ours.home, vm, bars.update)
     if as_json:
         output.write_json({"vm": name, "directory": record.directory})
     else:

@@ -96,12 +96,15 @@ def command(
         name = new_name and units.check_name(new_name, "VM name")
         if name and background:
             background.expect(ours.home.vm(name))
+        mount = stack.enter_context(_mount(ours, name, target.vm)) if name and source == FUSE else None
         found = ours.checkpoint(target)
         name = name or units.check_name(f"{target.vm}-{found.manifest.name}"[:64], "VM name")
+        if source == FUSE and mount is None:
+            mount = stack.enter_context(_mount(ours, name, target.vm))
         with ours.reporter() as progress_:
             chosen = with_arguments(found.manifest, extra)
             prepared = _machines().restore(
-                ours.home, found.store, chosen, name, mode=mode, source=source, progress=progress_.update
+                ours.home, found.store, chosen, name, mode=mode, mount=mount, progress=progress_.update
             )
             if print_only:
                 _print(ours, prepared, mode, progress_.update, as_json)
@@ -109,7 +112,7 @@ def command(
         go_on(ours, prepared, mode=mode, detach=detach, as_json=as_json, began=began, background=background)
     if prefetch and prepared.memory:
         with ours.reporter() as progress_:
-            importlib.import_module("blkckpt.restore.fused").prefetch(ours.home, prepared.vm, progress_.update)
+            importlib.import_module("blkckpt.restore.prefetch").prefetch(ours.home, prepared.vm, progress_.update)
 
 
 def _check(mode: str, source: str, *, prefetch: bool, print_only: bool, detach: bool) -> None:
@@ -118,6 +121,13 @@ def _check(mode: str, source: str, *, prefetch: bool, print_only: bool, detach: 
         raise errors.InputError("--memory fuse is for a lazy restore that blkckpt starts; leave out --mode and --print")
     if prefetch and (source != FUSE or not detach):
         raise errors.InputError("--prefetch goes with --memory fuse --detach; later it is: blkckpt prefetch VM")
+
+
+def _mount(ours: session.Session, name: str, origin: str) -> Any:
+    """The mount that VM *name* will have its memory from: its process loads while the rest is being prepared."""
+    if name in ours.home.vm_names():
+        raise errors.StateError(f"VM {name} exists already; choose another name or remove it: blkckpt vm rm {name}")
+    return importlib.import_module("blkckpt.restore.fused").Mount(ours.home, ours.home.vm(name), origin)
 
 
 def _machines() -> Any:

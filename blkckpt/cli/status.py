@@ -97,6 +97,7 @@ def _ask(vm: paths.VmPaths) -> Mapping[str, Any]:
 
 def _group(vm: paths.VmPaths, status: Mapping[str, Any]) -> dict[str, Any]:
     job = status.get("job")
+    said = (status.get("warning") or status.get("violation"), _memory(vm, running=bool(status)))
     return {
         "phase": status.get("state"),
         "checkpoint": status.get("checkpoint"),
@@ -105,7 +106,7 @@ def _group(vm: paths.VmPaths, status: Mapping[str, Any]) -> dict[str, Any]:
             for one in status.get("rounds", ())
         ],
         "job": None if not job else {key: job.get(key) for key in ("kind", "state", "done", "total")},
-        "warning": status.get("warning") or status.get("violation") or _memory(vm, running=bool(status)),
+        "warning": "; ".join(filter(None, said)) or None,
         "disks": [_disk(vm, disk) for disk in status.get("disks", ())],
     }
 

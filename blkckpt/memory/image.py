@@ -65,6 +65,11 @@ def file_names(blocks: Sequence[str]) -> dict[str, str]:
     return names
 
 
+def view_names(blocks: Iterable[str]) -> dict[str, str]:
+    """The files of a mount's ``blocks`` directory, file → block: ``0000_00_01.0_vga.vram.img``."""
+    return {name.removesuffix(SUFFIX) + ".img": block for block, name in file_names(list(blocks)).items()}
+
+
 class RawWriter:
     """A raw image being written; it has no name until :meth:`publish`.  Offsets may come in any order."""
 

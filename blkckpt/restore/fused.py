@@ -1,109 +1,61 @@
 """Main memory out of the store, chunk by chunk, through a mount of the restored machine's own.
 
 The mount lies in the VM's run directory and shows the checkpoints of the VM that was restored from; QEMU maps
-``memory/blocks/NAME.img`` privately, as it does raw images.  Nothing is written anywhere, whatever the machine's size,
-and the chunks' pages are shared by all machines of this mount's files.  It ends when QEMU has gone.
+``memory/blocks/NAME.img`` privately, as it does raw images.  Nothing is written anywhere, whatever the machine's size.
+It ends when QEMU has gone.  Its process is started first of all, and loads while the machine is being prepared; this
+module therefore loads little itself.
 
-What that means.  The guest's memory is *read when touched*, from a process: if that is killed, the guest's next touch
-of a page that is not in the page cache is a SIGBUS, and QEMU dies.  Its disks lose nothing, its memory is gone.
-
-:func:`prefetch` ends that dependence.  Reading the file brings all of it into the page cache, without a pause; but a
-page there may be dropped again.  Therefore QEMU is then told to make every page its own (property ``prealloc`` of the
-memory back-end: MADV_POPULATE_WRITE, which breaks the sharing without changing a byte).  That takes as much memory as
-the guest has, and QEMU's main loop waits for it, about half a second a gigabyte: processors go on, devices wait.
-A page that the guest gives back later (balloon) and takes again would be read from the file again.
-
-Source: QEMU 7.2 ``backends/hostmem.c`` ``host_memory_backend_set_prealloc``, ``util/oslib-posix.c``; madvise(2).
+What it means.  The guest's memory is *read when touched*, from a process: if that is killed, the guest's next touch of
+a page that is not in the page cache is a SIGBUS, and QEMU dies.  Its disks lose nothing, its memory is gone.
+:mod:`blkckpt.restore.prefetch` ends that dependence.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
+from typing import Self
 
-from blkckpt import durable, errors, paths
-from blkckpt.store import manifest
-from blkckpt.view import mounts, records, tree
-from blkckpt.vm import qmp
-
-Progress = Callable[[str, int, int | None], None]
+from blkckpt import errors, paths
+from blkckpt.memory import image
+from blkckpt.view import starting
 
 DIRECTORY = "memory"
-_PIECE = 4 << 20
-POPULATE_SECONDS = 600.0
-"""For QEMU to copy all pages: 1 TiB."""
 
 
 class Mount:
-    """The mount of VM *vm*, being made while the rest of it is prepared.  ``cancel`` if nothing comes of it."""
+    """The mount of VM *vm* over the checkpoints of VM *origin*, being made while the rest is prepared.
 
-    def __init__(self, home: paths.Home, vm: paths.VmPaths, checkpoint: manifest.Manifest) -> None:
-        mounts.clear(home)
+    Leave the context without :meth:`files` having been called and it is ended.
+    """
+
+    def __init__(self, home: paths.Home, vm: paths.VmPaths, origin: str) -> None:
         for directory in (home.run, vm.run):
             paths.private_directory(directory)
-        place = paths.private_directory(vm.run / DIRECTORY)
-        if os.path.ismount(place):
-            raise errors.StateError(f"{place} is still mounted: a QEMU of VM {vm.name} uses it")
-        self._checkpoint = checkpoint
-        self._place = place
-        self._starting = mounts.Starting(home, mounts.Orders(str(place), vm=checkpoint.vm, user=vm.name))
+        self._place = paths.private_directory(vm.run / DIRECTORY)
+        if os.path.ismount(self._place):
+            raise errors.StateError(
+                f"{self._place} is still mounted: a QEMU of VM {vm.name} uses it, or was killed (`blkckpt doctor`)"
+            )
+        self._used = False
+        self._starting = starting.Starting(home, starting.Orders(str(self._place), vm=origin, user=vm.name))
 
-    def files(self, wanted: Collection[str], every: Collection[str]) -> dict[str, Path]:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._used:
+            return
+        self._starting.cancel()
+        for directory in (self._place, self._place.parent):
+            with contextlib.suppress(OSError):  # somebody else's things are in it
+                directory.rmdir()
+
+    def files(self, vm: str, checkpoint: str, wanted: Collection[str], every: Collection[str]) -> dict[str, Path]:
         """The files of the blocks *wanted*, when the mount is usable; *every* block of the checkpoint in its order."""
         self._starting.wait()
-        base = self._place / self._checkpoint.vm / self._checkpoint.name / "memory" / "blocks"
-        return {block: base / name for name, block in tree.file_names(every).items() if block in wanted}
-
-    def cancel(self) -> None:
-        self._starting.cancel()
-
-
-def prefetch(home: paths.Home, vm: paths.VmPaths, progress: Progress) -> records.Record:
-    """Make the memory of the running VM *vm* its own; StateError if it is not read from a mount, or is already."""
-    record = records.memory_of(home, vm.name)
-    if record is None:
-        raise errors.StateError(f"the memory of VM {vm.name} is not read from a mount; there is nothing to fetch")
-    if not record.alive:
-        raise errors.StateError(f"the mount that VM {vm.name} has its memory from was killed; restore it again")
-    if record.prefetched:
-        return record
-    with qmp.QmpSession(vm.qmp_socket) as session:
-        backends = [one for one in _backends(session) if str(one[1]).startswith(record.directory + "/")]
-        if not backends:
-            raise errors.HypervisorError(f"QEMU of VM {vm.name} has no memory from {record.directory}")
-        total = sum(path.stat().st_blocks * 512 for _, path in backends)
-        done = 0
-        for _, path in backends:
-            done = _read(path, done, total, progress)
-        for name, _ in backends:
-            arguments = {"path": f"/objects/{name}", "property": "prealloc", "value": True}
-            session.execute("qom-set", arguments, timeout=POPULATE_SECONDS)
-    records.note_prefetched(home, record)
-    return record
-
-
-def _backends(session: qmp.QmpSession) -> list[tuple[str, Path]]:
-    """``(object, file)`` of QEMU's memory back-ends that are files."""
-    found = []
-    for one in session.execute("qom-list", {"path": "/objects"}):
-        if one["type"] == "child<memory-backend-file>":
-            path = session.execute("qom-get", {"path": f"/objects/{one['name']}", "property": "mem-path"})
-            found.append((str(one["name"]), Path(path)))
-    return found
-
-
-def _read(path: Path, done: int, total: int, progress: Progress) -> int:
-    """Bring what is not a hole of *path* into the page cache."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for offset, length in durable.extents(descriptor):
-            for start in range(offset, offset + length, _PIECE):
-                got = len(os.pread(descriptor, min(_PIECE, offset + length - start), start))
-                done += got
-                progress("memory", min(done, total), total)
-    except OSError as error:
-        raise errors.from_os_error(error, f"reading {path}") from error
-    finally:
-        os.close(descriptor)
-    return done
+        self._used = True
+        base = self._place / vm / checkpoint / "memory" / "blocks"
+        return {block: base / name for name, block in image.view_names(every).items() if block in wanted}

@@ -15,18 +15,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib
 import os
 import shlex
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from blkckpt import errors, paths
 from blkckpt.agent import rundir, supervisor
-from blkckpt.restore import disks, ram
+from blkckpt.restore import disks, fused, ram
 from blkckpt.store import manifest
 from blkckpt.store import store as stores
 from blkckpt.vm import commandline, dialogue
@@ -91,20 +89,14 @@ def restore(
     name: str,
     *,
     mode: str = LAZY,
-    source: str = RAW,
+    mount: fused.Mount | None = None,
     progress: Progress,
 ) -> Prepared:
-    """Make VM *name* from *checkpoint*; nothing runs yet.  *source* is where a lazy one's memory is read from."""
+    """Make VM *name* from *checkpoint*; nothing runs yet.  With a *mount*, a lazy one's memory is read from that."""
     vm = home.vm(name)
-    with store.hold(), disks.reserved(vm, store, f"{checkpoint.vm}@{checkpoint.name}"), contextlib.ExitStack() as undo:
-        mount = None
-        if mode == LAZY and source == FUSE and checkpoint.memory is not None:
-            mount = importlib.import_module("blkckpt.restore.fused").Mount(home, vm, checkpoint)
-            undo.callback(mount.cancel)
+    with store.hold(), disks.reserved(vm, store, f"{checkpoint.vm}@{checkpoint.name}"):
         disks.create(vm, store, checkpoint)
-        prepared = prepare_memory(home, vm, store, checkpoint, mode=mode, progress=progress, mount=mount)
-        undo.pop_all()
-        return prepared
+        return prepare_memory(home, vm, store, checkpoint, mode=mode, progress=progress, mount=mount)
 
 
 def prepare_memory(
@@ -115,7 +107,7 @@ def prepare_memory(
     *,
     mode: str,
     progress: Progress,
-    mount: Any = None,
+    mount: fused.Mount | None = None,
 ) -> Prepared:
     """The memory of *checkpoint* for *vm*, whose disks are those of the checkpoint already."""
     if checkpoint.memory is None:
@@ -127,7 +119,8 @@ def prepare_memory(
     if mode == LAZY:
         wanted = commandline.mappable(checkpoint.machine.argv, [block.name for block in ram.blocks(memory)])
         if mount is not None:
-            lazy = mount.files(wanted, [block.name for block in memory.skeleton.blocks])
+            every = [block.name for block in memory.skeleton.blocks]
+            lazy = mount.files(checkpoint.vm, checkpoint.name, wanted, every)
         else:
             lazy = ram.link_or_make(vm, memory, wanted, progress)
     return Prepared(vm, checkpoint, memory, lazy, source=FUSE if mount is not None else RAW)

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-
-import numpy as np
 
 from blkckpt import errors
 from blkckpt.store import images, layout, packs
@@ -36,6 +35,9 @@ BATCH = 8
 """Chunks read ahead in one go: they are usually neighbours in the pack, and are then read with one call."""
 
 _WAIT = 60.0
+
+RAW = struct.Struct("<52xI")
+"""The raw length in an entry: zero for a chunk of zeros.  (numpy would take longer to load than all of this does.)"""
 
 Wanted = tuple[layout.Entry, str]
 """An entry with data, and what to call it in an error."""
@@ -190,7 +192,7 @@ class Chunks:
         most = layout.leaf_entries(table.size, number)
         if len(data) != most * layout.ENTRY.size:
             raise errors.CorruptError(f"image {table.image_id}: leaf {number} has the wrong length")
-        total = int(np.frombuffer(data, layout.ENTRY_TYPE)["raw"].sum(dtype=np.int64))
+        total: int = sum(raw for (raw,) in RAW.iter_unpack(data))
         return min(total, most * layout.CHUNK)
 
     def used(self, store: packs.Packs, table: layout.Table, numbers: Iterable[int]) -> int:

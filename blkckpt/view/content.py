@@ -20,8 +20,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-import numpy as np
-
 from blkckpt import errors
 from blkckpt.store import images, layout, packs
 from blkckpt.view import chunks
@@ -193,7 +191,8 @@ class Image:
 
     def used(self) -> int:
         def count() -> int:
-            return self._cache.used(self._store, self._table, np.flatnonzero(self._table.leaves["raw"]).tolist())
+            filled = (number for number, (raw,) in enumerate(chunks.RAW.iter_unpack(self._table.directory)) if raw)
+            return self._cache.used(self._store, self._table, filled)
 
         return self._follow(count)
 
@@ -209,18 +208,17 @@ class Image:
         if offset >= self.size:
             return None
         table = self._table
-        filled = table.leaves["raw"] != 0
-        for number in range(offset // _SPAN, len(filled)):
+        for number in range(offset // _SPAN, layout.leaf_count(self.size)):
             base = number * _SPAN
             low = max(offset - base, 0) // layout.CHUNK
-            if not filled[number]:
+            if not table.leaf(number).raw:
                 if not data:
                     return max(base, offset)
                 continue
-            raw = np.frombuffer(self._cache.leaf(self._store, table, number), layout.ENTRY_TYPE)["raw"][low:]
-            hits = np.flatnonzero((raw != 0) == data)
-            if len(hits):
-                return max(base + (low + int(hits[0])) * layout.CHUNK, offset)
+            entries = self._cache.leaf(self._store, table, number)
+            for index, (raw,) in enumerate(chunks.RAW.iter_unpack(entries[low * layout.ENTRY.size :]), low):
+                if (raw != 0) == data:
+                    return max(base + index * layout.CHUNK, offset)
         return None
 
 

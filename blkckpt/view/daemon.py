@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from blkckpt import errors, log, paths
 from blkckpt.control import wire
-from blkckpt.view import chunks, fuse, held, library, mounts, records, tree
+from blkckpt.view import chunks, fuse, held, library, mounts, records, starting, tree
 
 FIRST_OPEN = 120.0
 """Seconds for a machine to open its memory: QEMU's start, on a busy host."""
@@ -31,7 +31,7 @@ _COLLECTIONS = (20_000, 20, 20)
 logger = log.get(__name__)
 
 
-def serve(home: paths.Home, orders: mounts.Orders, ready: Callable[[], None]) -> None:
+def serve(home: paths.Home, orders: starting.Orders, ready: Callable[[], None]) -> None:
     """Mount and answer until the mount ends; *ready* is called when it is usable."""
     with records.recorded(home, orders.directory, orders.vm, orders.user) as record, contextlib.ExitStack() as closing:
         books = library.Library(lambda: library.store_paths(home), chunks.Chunks(orders.cache))
@@ -86,16 +86,16 @@ def main(arguments: Sequence[str]) -> int:
         home = paths.home(body.pop("home"))
         _take_output(home)
         log.setup(as_json=True)
-        return _serve_and_tell(home, mounts.Orders(**body), pipe)
+        return _serve_and_tell(home, starting.Orders(**body), pipe)
 
 
 def _take_output(home: paths.Home) -> None:
-    with open(os.devnull, "rb") as null, mounts.open_log(home) as output:
+    with open(os.devnull, "rb") as null, starting.open_log(home) as output:
         for ours, standard in ((null, 0), (output, 1), (output, 2)):
             os.dup2(ours.fileno(), standard)
 
 
-def _serve_and_tell(home: paths.Home, orders: mounts.Orders, pipe: IO[bytes]) -> int:
+def _serve_and_tell(home: paths.Home, orders: starting.Orders, pipe: IO[bytes]) -> int:
     def tell(body: dict[str, Any]) -> None:
         if not pipe.closed:
             with contextlib.suppress(BrokenPipeError), pipe:

@@ -302,17 +302,11 @@ def _used_by(books: library.Library, found: library.Checkpoint, blocks: Iterable
     return sum(books.used(found.store, block.image) for block in blocks)
 
 
-def file_names(blocks: Iterable[str]) -> dict[str, str]:
-    """The files of RAM blocks, file → block: ``0000_00_01.0_vga.vram.img`` → ``0000:00:01.0/vga.vram``."""
-    names = image.file_names(list(blocks))
-    return {name.removesuffix(image.SUFFIX) + ".img": block for block, name in names.items()}
-
-
 def _blocks(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> nodes.Folder:
     index = books.index(found.store, memory)
     entries: dict[str, Callable[[], nodes.Node]] = {}
     main = {block.name: block for block in memory.blocks}
-    for name, block in file_names(block.name for block in index.blocks).items():
+    for name, block in image.view_names(block.name for block in index.blocks).items():
         if block in index.small:
             place = index.small[block]
             entries[name] = lambda place=place: _part(books, found, memory.skeleton, place)  # type: ignore[misc]
