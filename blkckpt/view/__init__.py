@@ -24,8 +24,8 @@ Rules.
   most the second for which the kernel believes a name.
 * **V4** Memory is bounded whatever is mounted: chunks by bytes, tables by bytes, everything else by number.
 * **V5** A mount is read-only, without set-uid and devices, and its owner's alone unless ``allow_other`` is asked for.
-* **V6** A killed process leaves no dead mount: fusermount3 takes it away at once if nothing is open in it, else the
-  next ``mount``, ``umount`` or ``doctor``.
+* **V6** A killed process leaves no dead mount: fusermount3 takes it away at once; where that was killed too, or looked
+  too early, the next ``mount``, ``umount`` or ``doctor`` does.
 
 Why it is answered by one thread.  The work (decoding) is done without the interpreter's lock, ahead of the reader, by
 threads of its own; several threads of libfuse would only hand the lock around: 4 KiB random reads past the page cache

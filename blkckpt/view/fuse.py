@@ -327,7 +327,7 @@ def run(
 
     *name* is what stands as the source in the list of mounts.  *writable* lets files be opened for writing, which then
     fails (QEMU opens what it maps privately so).  ``auto_unmount`` lets fusermount3 clear up after us if
-    we are killed and nobody has a file open.
+    we are killed.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):  # libfuse takes those that nobody else has taken
         signal.signal(number, signal.SIG_DFL)

@@ -5,8 +5,8 @@ that clearing up never touches a mount that somebody made meanwhile at the same 
 
 What a killed process leaves, and who removes it:
 
-* the mount: fusermount3, which waits for our death (``auto_unmount``), unless a file is open in it.  Then every access
-  is ENOTCONN until :func:`clear` detaches it: the next ``mount``, ``umount`` or ``doctor``
+* the mount: fusermount3, which waits for our death (``auto_unmount``), unless it was killed too (a cgroup, the OOM
+  killer).  Then every access is ENOTCONN until :func:`clear` detaches it: the next ``mount``, ``umount`` or ``doctor``
 * the record and the pins in the stores: :func:`clear`
 """
 

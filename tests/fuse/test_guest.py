@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from blkckpt import paths
-from blkckpt.view import elf, physical
+from blkckpt.view import elf, mounts, physical
 from tests.support import guest, mounted
 
 MEMORY = 192
@@ -175,6 +175,7 @@ def lazy(box: guest.Sandbox, console: guest.Console, request: pytest.FixtureRequ
     name = re.sub(r"\W+", "-", request.node.name)[:40]
     yield name
     box.run("stop", name)
+    mounts.clear(paths.home(box.home))
     box.remove(name)
 
 

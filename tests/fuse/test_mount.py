@@ -327,7 +327,7 @@ def is_mounted(directory: Path) -> bool:
     return f" {directory} " in Path("/proc/self/mountinfo").read_text()
 
 
-def test_killed_without_open_files(box: guest.Sandbox, tmp_path: Path) -> None:
+def test_killed(box: guest.Sandbox, tmp_path: Path) -> None:
     """V6: fusermount3 takes the mount away by itself, if it looks after the kernel has noticed; else the next mount."""
     with mounted.mounted(box, tmp_path / "view") as directory:
         record = next(one for one in box.json("mount")["mounts"] if one["directory"] == str(directory))
@@ -360,11 +360,13 @@ def is_dead(directory: Path) -> bool:
 
 
 @pytest.mark.parametrize("who", ["mount", "umount", "doctor"])
-def test_killed_with_open_files(box: guest.Sandbox, home: paths.Home, tmp_path: Path, who: str) -> None:
-    """V6: what is left dead is cleared up by the next command, and its pins with it."""
+def test_killed_with_its_helper(box: guest.Sandbox, home: paths.Home, tmp_path: Path, who: str) -> None:
+    """V6: what is left dead is cleared up by the next command, also with files open, and its pins with it."""
     with mounted.mounted(box, tmp_path / "view") as directory:
         record = next(one for one in box.json("mount")["mounts"] if one["directory"] == str(directory))
         with opened(directory / "web/one/disks/vda.img"):
+            for child in Path(f"/proc/{record['pid']}/task/{record['pid']}/children").read_text().split():
+                os.kill(int(child), signal.SIGKILL)
             os.kill(record["pid"], signal.SIGKILL)
             mounted.eventually(lambda: is_dead(directory), "death")
             if who == "doctor":
