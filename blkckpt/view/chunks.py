@@ -113,6 +113,9 @@ class Chunks:
                     mine.append((entry, what))
                 elif running is not batch:
                     others[running] = None
+        if len(mine) >= BATCH and self._threads:
+            mine, half = mine[: len(mine) // 2], mine[len(mine) // 2 :]
+            others[self._hand_over(store, half)] = None
         if mine:
             found |= self._run(batch, store, mine)
         for other in others:
@@ -138,6 +141,15 @@ class Chunks:
                     self._pending[entry.hash] = batch
             if mine:
                 self._jobs.put(lambda mine=mine, batch=batch: self._quietly(batch, store, mine))  # type: ignore[misc]
+
+    def _hand_over(self, store: packs.Packs, wanted: Sequence[Wanted]) -> _Batch:
+        """Let another thread decode these, which are noted as being decoded by us."""
+        batch = _Batch()
+        with self._lock:
+            for entry, _ in wanted:
+                self._pending[entry.hash] = batch
+        self._jobs.put(lambda: self._quietly(batch, store, wanted))
+        return batch
 
     def _quietly(self, batch: _Batch, store: packs.Packs, wanted: Sequence[Wanted]) -> None:
         with contextlib.suppress(errors.BlkckptError):
