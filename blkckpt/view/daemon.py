@@ -23,7 +23,7 @@ from blkckpt.view import chunks, fuse, held, library, mounts, records, starting,
 FIRST_OPEN = 120.0
 """Seconds for a machine to open its memory: QEMU's start, on a busy host."""
 
-LINGER = 2.0
+LINGER = 0.5
 
 _COLLECTIONS = (20_000, 20, 20)
 """Rarer than by default: what is kept lives long, and cycles are few."""

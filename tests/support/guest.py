@@ -366,5 +366,8 @@ class Sandbox:
         self.serial.close()
         self._short.rmdir()
         place = paths.home(self.home)
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            if line.split()[4].startswith(f"{place.run}/"):  # of a machine that was killed with its mount's process
+                subprocess.run(["fusermount3", "-u", "-z", line.split()[4]], check=False, timeout=20)
         for directory in (place.run, place.live):
             shutil.rmtree(directory, ignore_errors=True)
