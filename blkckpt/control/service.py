@@ -230,8 +230,8 @@ class Service:
         """The checkpoint that *session* prepared last."""
         return next((name for name, driver in list(self._drivers.items()) if driver is session), None)
 
-    def _under_way(self) -> Mapping[str, api.RoundStatus]:
-        return {one.checkpoint: one for one in self._group.status().rounds}
+    def _under_way(self) -> frozenset[str]:
+        return self._group.checkpoints()
 
     def _check_driver(self, session: server.Session) -> str:
         """The checkpoint under way that *session* drives; StateError if it drives none."""

@@ -59,6 +59,7 @@ class DiskGroup:
         self._gate_lock = threading.Lock()
         self._members: dict[str, member.Member] = {}
         self._under_way = rounds.UnderWay(self._gate_lock)
+        self.checkpoints = self._under_way.names
         self._armed: rounds.Round | None = None
         self._warning: str | None = None
         self._jobs = jobs.Registry()

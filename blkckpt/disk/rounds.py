@@ -134,6 +134,11 @@ class UnderWay:
         """The checkpoint of that name, or all."""
         return [one for one in self.rounds if checkpoint in (None, one.checkpoint)]
 
+    def names(self) -> frozenset[str]:
+        """The checkpoints under way; costs nothing, unlike a status, which counts every map's bits."""
+        with self._lock:
+            return frozenset(one.checkpoint for one in self.rounds)
+
     def before(self, one: Round) -> list[Round]:
         """Those that are older than *one*."""
         with self._lock:

@@ -98,6 +98,9 @@ class FakeGroup:
             raise errors.NotFoundError(f"no job {job_id}")
         return self.jobs[job_id]
 
+    def checkpoints(self) -> frozenset[str]:
+        return frozenset(self.rounds)
+
     def status(self) -> api.GroupStatus:
         under_way = tuple(api.RoundStatus(name, stage, None, False, None) for name, stage in self.rounds.items())
         newest = under_way[-1] if under_way else None
