@@ -8,42 +8,15 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from blkckpt.store import images
 from blkckpt.store import store as stores
 from tests.support import guest
+from tests.support.records import Ring, read_ring
 
 SPAN = 32 << 20
-MAGIC = 0x31525754504B4342
-RECORD = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Ring:
-    """The records of one stream on one disk: the sequence in each slot."""
-
-    slots: np.ndarray[tuple[int], np.dtype[np.uint64]]
-
-    @property
-    def newest(self) -> int:
-        return int(self.slots.max())
-
-
-def read_ring(image: images.ImageReader, stream: int) -> Ring:
-    half = SPAN // 2
-    data = np.frombuffer(image.read(stream * half, half), "<u8").reshape(-1, 8, 64)
-    used = data[:, :, 0] == MAGIC
-    assert (used.all(axis=1) | ~used.any(axis=1)).all(), "a record of which only some sectors were written"
-    sums = data[:, :, :63].sum(axis=2, dtype=np.uint64)
-    assert (sums == data[:, :, 63]).all(), "a torn sector"
-    sequences = data[:, :, 2]
-    assert (sequences == sequences[:, :1]).all(), "a torn record"
-    return Ring(sequences[:, 0].copy())
 
 
 def check_order(first: Ring, second: Ring) -> None:
@@ -78,8 +51,8 @@ def test_no_record_is_missing_from_the_disk_written_first(
 def check_images(store: Path, name: str) -> None:
     with stores.Store.open(store) as opened:
         disks = {disk.name: opened.image(disk.image) for disk in opened.manifest("w", name).disks}
-        check_order(read_ring(disks["vda"], 0), read_ring(disks["vdb"], 0))
-        check_order(read_ring(disks["vdb"], 1), read_ring(disks["vda"], 1))
+        check_order(read_ring(disks["vda"], 0, SPAN), read_ring(disks["vdb"], 0, SPAN))
+        check_order(read_ring(disks["vdb"], 1, SPAN), read_ring(disks["vda"], 1, SPAN))
 
 
 def test_the_check_sees_one_disk_of_another_instant(box: guest.Sandbox, ordered: guest.Console) -> None:
@@ -91,4 +64,4 @@ def test_the_check_sees_one_disk_of_another_instant(box: guest.Sandbox, ordered:
         before = {disk.name: store.image(disk.image) for disk in store.manifest("w", "n1").disks}
         after = {disk.name: store.image(disk.image) for disk in store.manifest("w", "n2").disks}
         with pytest.raises(AssertionError):
-            check_order(read_ring(before["vda"], 0), read_ring(after["vdb"], 0))
+            check_order(read_ring(before["vda"], 0, SPAN), read_ring(after["vdb"], 0, SPAN))

@@ -45,14 +45,17 @@ def ready() -> bool:
     return (IMAGE / "vmlinuz").is_file() and (IMAGE / "initrd.img").is_file()
 
 
-def machine(serial: Path, mode: str, *, memory: int = 256, **options: int) -> list[str]:
-    """The QEMU command line of a test guest without its disks; *options* are those of ``writer.c``."""
+def machine(serial: Path, mode: str, *, memory: int = 256, link: Path | None = None, **options: int) -> list[str]:
+    """The QEMU command line of a test guest without its disks; *options* are those of ``writer.c``.
+
+    *link*: the unix socket that its second serial line goes to.
+    """
     append = " ".join([BASE_ARGUMENTS, f"blk.mode={mode}", *(f"blk.{name}={value}" for name, value in options.items())])
     return [
         "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", str(memory),
         "-nodefaults", "-display", "none", "-no-reboot",
         "-kernel", str(IMAGE / "vmlinuz"), "-initrd", str(IMAGE / "initrd.img"), "-append", append,
-        "-serial", f"unix:{serial}",
+        "-serial", f"unix:{serial}", *(["-serial", f"unix:{link}"] if link else []),
     ]  # fmt: skip
 
 
@@ -217,6 +220,46 @@ class Serial:
         self.path.unlink(missing_ok=True)
 
 
+class Link:
+    """A wire between the second serial lines of two guests; what is restored from them is connected to nothing."""
+
+    def __init__(self, directory: Path) -> None:
+        self.paths = (directory / "l0", directory / "l1")
+        self._listeners = [socket.socket(socket.AF_UNIX) for _ in self.paths]
+        for listener, path in zip(self._listeners, self.paths, strict=True):
+            listener.bind(str(path))
+            listener.listen(16)
+        self._ends: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+
+    def connect(self, timeout: float = 60.0) -> None:
+        """Both guests have started: from now on each gets what the other sends."""
+        for listener in self._listeners:
+            listener.settimeout(timeout)
+            self._ends.append(listener.accept()[0])
+            self._ends[-1].setblocking(True)
+        for pair in (self._ends, self._ends[::-1]):
+            self._threads.append(threading.Thread(target=self._carry, args=pair, name="wire", daemon=True))
+            self._threads[-1].start()
+
+    @staticmethod
+    def _carry(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+
+    def close(self) -> None:
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(5)
+        for end in (*self._ends, *self._listeners):
+            end.close()
+        for path in self.paths:
+            path.unlink(missing_ok=True)
+
+
 class PlainMachine:
     """A guest under QEMU without the product, on raw files or NBD exports; for what the product is compared with."""
 
@@ -315,10 +358,11 @@ class Sandbox:
         self.run("vm", "create", name, *words)
         return files
 
-    def boot(self, name: str, mode: str, *, memory: int = 256, **options: int) -> Console:
+    def boot(self, name: str, mode: str, *, memory: int = 256, link: Path | None = None, **options: int) -> Console:
         """Run VM *name* and wait until its guest is ready."""
         self._machines.append(name)
-        self.run("run", name, "--detach", "--", *machine(self.serial.path, mode, memory=memory, **options))
+        command = machine(self.serial.path, mode, memory=memory, link=link, **options)
+        self.run("run", name, "--detach", "--", *command)
         console = self.serial.accept()
         console.wait_ready()
         return console

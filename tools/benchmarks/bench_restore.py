@@ -12,11 +12,15 @@ is cached is checked before every sample.
 
 The figures::
 
-    lazy_restore_speedup        2 GiB guest with 640 MiB of random data, as described; this one has a bar
-    lazy_restore_speedup_qemu   of the same samples, from the start of our QEMU process on
-    lazy_restore_speedup_cold   the same guest when the programs are on the disk too: a host's first restore after boot
-    lazy_restore_speedup_4g     4 GiB guest with 2.5 GiB of random data: the peer's time grows with the data (not
-                                with --quick)
+    lazy_restore_speedup        4 GiB guest with 2.5 GiB of random data, as described; this one has a bar
+    lazy_restore_speedup_2g     2 GiB guest with 640 MiB of random data
+    lazy_restore_speedup_cold   the latter when the programs are on the disk too: a host's first restore after boot
+    …_qemu                      of the same samples, from the start of our QEMU process on: what anybody could reach
+                                who starts this QEMU with this machine
+
+The peer's time is the guest's data by the disk's speed; ours is nearly all the start of programs, and does not grow
+with the data.  So the ratio grows with the data, and with a slower disk: a disk that reads 600 MB/s gives the whole
+stream of the small guest in 1.5 s, of which QEMU's own start with the lean stream takes 0.3.
 """
 
 from __future__ import annotations
@@ -190,11 +194,17 @@ def run(context_: context.Context) -> list[figures.Figure]:
     rounds = context_.pick(3, 7)
     with guests.serial(context_.directory) as serial, small(context_, serial) as warm:
         usual, first, machine = _peers(context_, USUAL, serial, warm, rounds, context_.pick(1, 3))
-        large = None if context_.quick else _peers(context_, LARGE, serial, warm, 3, 0)[0]
-    alone = {"its QEMU alone": machine, QEMU: usual[QEMU]}
+        large, _, large_machine = _peers(context_, LARGE, serial, warm, rounds, 0)
     return [
-        figures.ratio("lazy_restore_speedup", QEMU, OURS, usual, figures.at_least(8)),
-        figures.ratio("lazy_restore_speedup_qemu", QEMU, "its QEMU alone", alone, None),
+        figures.ratio("lazy_restore_speedup", QEMU, OURS, large, figures.at_least(8)),
+        _ceiling("lazy_restore_speedup_qemu", large, large_machine),
+        figures.ratio("lazy_restore_speedup_2g", QEMU, OURS, usual, None),
+        _ceiling("lazy_restore_speedup_2g_qemu", usual, machine),
         figures.ratio("lazy_restore_speedup_cold", QEMU, OURS, first, None),
-        *([figures.ratio("lazy_restore_speedup_4g", QEMU, OURS, large, None)] if large else []),
     ]
+
+
+def _ceiling(name: str, found: dict[str, figures.Samples], machine: figures.Samples) -> figures.Figure:
+    """*found* as if our processes before QEMU's start took no time."""
+    alone = "its QEMU alone"
+    return figures.ratio(name, QEMU, alone, {alone: machine, QEMU: found[QEMU]}, None)

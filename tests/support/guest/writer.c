@@ -7,6 +7,7 @@
  *
  *   mode=writer    random writes and read-backs on /dev/vda        mode=ordered  two disks, see below
  *   mode=idle      heartbeats only                                 mode=fill     as idle, after filling RAM
+ *   mode=peer      messages to another guest on /dev/ttyS1, see below
  *   span=MIB       how much of the disk is used (default 64)       threads=N     writers, i.e. requests in flight (4)
  *   rate=N         operations a second, 0 = as fast as possible (400)
  *   fsync=N        every N-th write is followed by fdatasync, 0 = never (64)
@@ -23,6 +24,8 @@
  *   MISMATCH disk …  /  MISMATCH ram …          a wrong byte (the first 16 are printed, all are counted)
  *   IOERROR …                                   a request failed; its sectors are unknown until written again
  *   swept id=I sectors=N pages=N mismatches=N   answer to "sweep I": everything was read and compared
+ *
+ *   peer received=N acknowledged=N              mode=peer, with each heartbeat
  *
  * Lines understood: "sweep I", "rate N", "dirty N", "pause", "go", "quit" (power off).
  *
@@ -448,6 +451,60 @@ static void start_ordered(uint64_t sectors)
     }
 }
 
+/* ---- another guest ---- */
+
+static _Atomic uint64_t received, acknowledged;
+static int peer_line;
+
+static void tell_peer(char what, uint64_t n)
+{
+    char line[32];
+    int length = snprintf(line, sizeof line, "%c %llu\n", what, (unsigned long long)n);
+    if (write(peer_line, line, length) != length)
+        say("IOERROR peer: %s", strerror(errno));
+}
+
+static void *listen_to_peer(void *argument)
+{
+    struct stream *streams = argument;
+    unsigned char *buffer = aligned(PAGE);
+    FILE *in = fdopen(peer_line, "r");
+    char line[64], what;
+    unsigned long long n;
+    for (;;) {
+        if (!fgets(line, sizeof line, in)) {
+            clearerr(in);
+            nap(10000);
+        } else if (sscanf(line, "%c %llu", &what, &n) == 2 && n) {
+            struct stream *stream = &streams[what == 'a'];
+            put_record(stream, stream->first, buffer, n);
+            atomic_store(what == 'a' ? &acknowledged : &received, n);
+            if (what == 'a')
+                nap(1000);
+            tell_peer(what == 'a' ? 'm' : 'a', what == 'a' ? n + 1 : n);
+        }
+    }
+    return NULL;
+}
+
+/* "m 1" goes out at the word "go": the other may not be there before. */
+static void start_peer(uint64_t sectors)
+{
+    struct stream *streams = aligned(PAGE);
+    struct termios settings;
+    peer_line = open("/dev/ttyS1", O_RDWR | O_NOCTTY | O_CLOEXEC);
+    if (peer_line < 0 || tcgetattr(peer_line, &settings) < 0) {
+        say("FATAL cannot open /dev/ttyS1: %s", strerror(errno));
+        return;
+    }
+    cfmakeraw(&settings);
+    tcsetattr(peer_line, TCSANOW, &settings);
+    for (int i = 0; i < 2; i++)
+        streams[i] = (struct stream){i * (sectors / 2), sectors / 2 / 8, open_disk("/dev/vda"), -1};
+    pthread_t thread;
+    pthread_create(&thread, NULL, listen_to_peer, streams);
+}
+
 /* ---- serial line ---- */
 
 static void *beat(void *unused)
@@ -462,6 +519,8 @@ static void *beat(void *unused)
             say("swept id=%llu sectors=%llu pages=%llu mismatches=%llu", (unsigned long long)wanted,
                 (unsigned long long)swept_sectors, (unsigned long long)swept_pages, (unsigned long long)mismatches);
         }
+        if (peer_line > 0)
+            say("peer received=%llu acknowledged=%llu", (unsigned long long)received, (unsigned long long)acknowledged);
         say("ok seq=%llu token=%016llx writes=%llu reads=%llu ram=%llu mismatches=%llu errors=%llu up=%llu",
             (unsigned long long)++seq, (unsigned long long)token, (unsigned long long)writes,
             (unsigned long long)reads, (unsigned long long)ram_pages, (unsigned long long)mismatches,
@@ -487,6 +546,8 @@ static void obey(char *line, int sweepers)
         atomic_store(&paused, 1);
     } else if (!strncmp(line, "go", 2)) {
         atomic_store(&paused, 0);
+        if (peer_line > 0 && !atomic_load(&acknowledged))
+            tell_peer('m', 1);
     } else if (!strncmp(line, "quit", 4)) {
         atomic_store(&paused, 1);
         nap(300000); /* let what is in flight end; the disks go first */
@@ -540,6 +601,10 @@ int main(void)
         clear_disk("/dev/vda", sectors);
         clear_disk("/dev/vdb", sectors);
         start_ordered(sectors);
+    } else if (!strcmp(mode, "peer")) {
+        uint64_t sectors = span_of("/dev/vda");
+        clear_disk("/dev/vda", sectors);
+        start_peer(sectors);
     }
     say("guest ready mode=%s token=%016llx", mode, (unsigned long long)token);
     pthread_create(&thread, NULL, beat, NULL);
