@@ -9,6 +9,8 @@ manifests included.
 Chunks are 64 KiB, so changes that are strewn about in 4 KiB blocks cost up to sixteen times themselves: shown without
 a bar.
 
+Then a checkpoint every five seconds of a real guest that writes (:mod:`often`).
+
 Restoring is reading both images of a checkpoint with every hash checked, ahead as the disk of a guest does it, by a
 store opened for it, with the page cache of the machine dropped before.
 """
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import context, figures, peers
+from benchmarks import context, figures, often, peers
 from blkckpt.store import layout, manifest, store
 
 DESCRIPTION = "a hundred checkpoints: growth by what changed, and the time to restore the first and the last"
@@ -124,4 +126,5 @@ def run(context_: context.Context) -> list[figures.Figure]:
             {f"of at most {layout.CHUNK // BLOCK + 1}": figures.Samples([strewn], "x")},
         ),
         figures.ratio("restore_100th_vs_1st", LAST, FIRST, times, figures.at_most(1.2)),
+        *often.run(context_),
     ]  # fmt: skip
