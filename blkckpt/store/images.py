@@ -38,6 +38,9 @@ _RAW = struct.Struct("<52xI")
 _ANNOUNCED = 512
 """Chunks that the disk is told of ahead of a sequential reader: 32 MiB."""
 
+_MET = 8 * _ANNOUNCED
+"""Chunks whose packs are looked up ahead: 256 MiB."""
+
 CACHE = 64 << 20
 """Bytes of chunks an ImageReader keeps."""
 
@@ -97,7 +100,7 @@ class ImageReader:
         self._leaves: OrderedDict[int, bytes] = OrderedDict()
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
         self._limit = max(cache // layout.CHUNK, 1)
-        self._end, self._announced = -1, 0
+        self._end, self._announced, self._met = -1, 0, 0
         self._ahead = readahead.ReadAhead(self._fetch, self._remember, self.chunks) if ahead else None
 
     @property
@@ -267,12 +270,27 @@ class ImageReader:
         """
         follows, self._end = first in (self._end, self._end - 1), end
         if not follows:
-            self._announced = end
+            self._announced = self._met = end
         elif self._announced < min(end + _ANNOUNCED // 2, self.chunks):
             coming = range(max(self._announced, end), min(end + _ANNOUNCED, self.chunks))
             self._announced = end + _ANNOUNCED
-            with contextlib.suppress(errors.BlkckptError):  # it shows when it is read
-                self._packs.hint([entry for entry in map(self.entry, coming) if entry.raw])
+            if self._ahead:
+                self._ahead.announce(lambda: self._tell(coming))
+            else:
+                self._tell(coming)
+
+    def _tell(self, coming: range) -> None:
+        """The disk may begin to read the chunks *coming*, and the directories of those that come later.
+
+        To find a file is to wait behind all that the disk has been told, if the kernel has not met it yet.
+        """
+        with contextlib.suppress(errors.BlkckptError):  # it shows when it is read
+            if coming.stop > self._met:
+                later = range(coming.start, min(coming.start + _MET, self.chunks))
+                self._met = later.stop
+                for pack in {entry.pack for entry in map(self.entry, later) if entry.raw}:
+                    self._packs.exists(pack)
+            self._packs.hint([entry for entry in map(self.entry, coming) if entry.raw])
 
     def _fetch(self, numbers: Sequence[int]) -> dict[int, bytes]:
         return self._follow(lambda _: self._read_chunks(numbers))

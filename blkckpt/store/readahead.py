@@ -27,7 +27,7 @@ Fetched = Mapping[int, bytes]
 
 
 class ReadAhead:
-    """Of one image.  Thread-safe; its thread starts with the first sequential read.
+    """Of one image.  Thread-safe; its threads start with the first sequential read.
 
     *fetch* gets chunk numbers and returns their bytes; *keep* puts them where the reader looks first.
     """
@@ -38,7 +38,17 @@ class ReadAhead:
         self._coming: dict[int, futures.Future[Fetched]] = {}
         self._ends: OrderedDict[int, None] = OrderedDict()
         self._pool: futures.ThreadPoolExecutor | None = None
+        self._announcer: futures.ThreadPoolExecutor | None = None
         self._closed = False
+
+    def announce(self, tell: Callable[[], None]) -> None:
+        """Have *tell*, which tells the disk what will be read, called in a thread of its own: the disk may be slow."""
+        with self._lock:
+            if self._closed:
+                return
+            if self._announcer is None:
+                self._announcer = futures.ThreadPoolExecutor(1, thread_name_prefix="announce")
+            self._announcer.submit(tell)
 
     def wait(self, numbers: Sequence[int]) -> dict[int, bytes]:
         """Those of *numbers* that were coming, once they are there."""
@@ -85,9 +95,11 @@ class ReadAhead:
         """End the thread; nothing is fetched ahead any more."""
         with self._lock:
             self._closed = True
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
+            pools = (self._pool, self._announcer)
+            self._pool = self._announcer = None
+        for pool in pools:
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
 
 
 def _good(future: futures.Future[Fetched]) -> bool:
