@@ -70,6 +70,10 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"disk.group", "agent.runner", "view.tree", "exchange.outward"}),
     frozenset({"control.service", "agent.supervisor", "view.fuse"}),
     frozenset({"view.daemon"}),
+    frozenset({"daemon.quiet", "daemon.notify", "daemon.record", "daemon.schedule", "daemon.jobs"}),
+    frozenset({"daemon.planner", "daemon.readings", "daemon.metrics", "daemon.exposition"}),
+    frozenset({"daemon.task", "daemon.service", "daemon.survey"}),
+    frozenset({"daemon.host"}),
     frozenset({"control.host", "restore.disks", "restore.ram", "restore.fused", "restore.prefetch"}),
     frozenset({"restore.machine", "exchange.inward"}),
     frozenset({"restore.revert"}),
@@ -77,7 +81,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"cli"}),
 )  # fmt: skip
 
-ONLY = {"nbdkit": "plugins", "mfusepy": "view.fuse", "fuse": "view.fuse"}
+ONLY = {"nbdkit": "plugins", "mfusepy": "view.fuse", "fuse": "view.fuse", "prometheus_client": "daemon."}
 
 
 def rank(module: str) -> int:

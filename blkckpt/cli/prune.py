@@ -60,6 +60,9 @@ def _keep(period: str, what: str) -> Callable[[Any], Any]:
 @click.option(
     "--keep-tag", "tags", multiple=True, metavar="TAG[,TAG…]", help="Keep what has all of these; repeat for or."
 )
+@click.option(
+    "--tag", "only", multiple=True, metavar="TAG", help="Look only at those with this tag (each of them); others stay."
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be kept and removed, and why.")
 @click.option("--collect/--no-collect", default=True, help="Delete at once what no checkpoint needs [default].")
 @click.option("--repack", is_flag=True, help="Also rewrite packs that are mostly dead then; see 'gc'.")
@@ -72,6 +75,7 @@ def command(
     vms: tuple[str, ...],
     keep_within: str | None,
     tags: tuple[str, ...],
+    only: tuple[str, ...],
     dry_run: bool,
     collect: bool,
     repack: bool,
@@ -93,7 +97,7 @@ def command(
     )
     if policy.empty:
         raise errors.InputError("nothing says what is to be kept: give at least one --keep-… rule")
-    verdicts = _decide(ours, vms, policy)
+    verdicts = _decide(ours, vms, policy, frozenset(units.check_name(tag, "tag") for tag in only))
     gone = [one for one in verdicts if not one.decision.keep]
     if not dry_run and gone:
         if not as_json:
@@ -110,8 +114,10 @@ def command(
         output.write(_text(verdicts, removed, reports, dry_run))
 
 
-def _decide(ours: session.Session, vms: Sequence[str], policy: retention.Policy) -> list[_Verdict]:
-    """The verdict on every checkpoint of *vms*, or of all."""
+def _decide(
+    ours: session.Session, vms: Sequence[str], policy: retention.Policy, only: frozenset[str]
+) -> list[_Verdict]:
+    """The verdict on every checkpoint of *vms*, or of all, that has the tags *only*."""
     for vm in vms:
         if not ours.checkpoints(units.check_name(vm, "VM name")):
             ours.vm(vm)
@@ -123,8 +129,8 @@ def _decide(ours: session.Session, vms: Sequence[str], policy: retention.Policy)
         mine = {one.manifest.name: one for one in found if one.manifest.vm == vm}
         pins = {one.store.path: one.store.pins() for one in mine.values()}
         candidates = [_candidate(one, pins[one.store.path], owners) for one in mine.values()]
-        decided = retention.decide(policy, candidates)
-        if not any(one.keep for one in decided):
+        decided = retention.decide(policy, [one for one in candidates if only <= one.tags])
+        if decided and not any(one.keep for one in decided):
             raise errors.InputError(
                 f"these rules would remove every checkpoint of {vm}; if that is meant: blkckpt rm {vm}@…"
             )

@@ -98,7 +98,7 @@ def peer_of(connection: socket.socket) -> tuple[int, int]:
 class Server:
     """Serves *listener*, an already listening unix socket, until :meth:`close`.
 
-    *credentials* gives (pid, uid) of a connection's peer; replaceable for tests.
+    *credentials* gives (pid, uid) of a connection's peer; replaceable for tests.  *what* it calls itself in errors.
     """
 
     def __init__(
@@ -107,10 +107,12 @@ class Server:
         handler: Handler,
         *,
         credentials: Callable[[socket.socket], tuple[int, int]] = peer_of,
+        what: str = "disk server",
     ) -> None:
         self._listener = listener
         self._handler = handler
         self._credentials = credentials
+        self._what = what
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lock = threading.Lock()
         self._connections: dict[int, _Connection] = {}
@@ -159,7 +161,7 @@ class Server:
         refusal: errors.BlkckptError | None = None
         pid, uid = self._credentials(peer)
         if uid != os.geteuid():
-            refusal = errors.AccessError(f"this disk server belongs to uid {os.geteuid()}, not to uid {uid}")
+            refusal = errors.AccessError(f"this {self._what} belongs to uid {os.geteuid()}, not to uid {uid}")
         with self._lock:
             if refusal is None and len(self._connections) >= MAX_CONNECTIONS:
                 refusal = errors.StateError(f"{MAX_CONNECTIONS} control connections are open already; close some")

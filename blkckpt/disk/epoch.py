@@ -159,6 +159,10 @@ class Gate(Generic[V]):
         self._tickets: dict[Ticket[V], None] = {}
         self._watch: Watch | None = None
         self._old: list[Epoch[V]] = []
+        self.waits = 0
+        """Requests that had to wait for another in flight (812)."""
+        self.drains, self.drain_seconds = 0, 0.0
+        """How often, and how long in all, :meth:`wait_drained` had to wait."""
 
     # ---- requests that change nothing ----
 
@@ -240,8 +244,11 @@ class Gate(Generic[V]):
             ticket.excluded = self.port.exclude(list(zip(starts, ends, strict=True)))
         self._waiting += 1
         try:
-            while self._blocked_locked(ticket):
+            blocked = self._blocked_locked(ticket)
+            self.waits += blocked
+            while blocked:
                 self._left.wait()
+                blocked = self._blocked_locked(ticket)
         finally:
             self._waiting -= 1
         if ticket.exclusive and not self.port.settle(0):
@@ -298,11 +305,17 @@ class Gate(Generic[V]):
         """
         with self.lock:
             self._waiting += 1
+            began = time.monotonic()
+            waited = False
             try:
                 while any(epoch.number <= until.number and epoch.active for epoch in self._old):
+                    waited = True
                     self._left.wait(_left_until(deadline))
             finally:
                 self._waiting -= 1
+                if waited:
+                    self.drains += 1
+                    self.drain_seconds += time.monotonic() - began
             ended = min(until.number, self.current.number - 1)
         if ended > self._settled:
             seconds = 0.0

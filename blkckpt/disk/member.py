@@ -360,6 +360,9 @@ class Member:
             fast_requests=reads + writes if self.port.loaded else None,
             epoch=self.gate.current.number,
             in_flight=self.gate.in_flight(),
+            waits=self.gate.waits,
+            drains=self.gate.drains,
+            drain_seconds=self.gate.drain_seconds,
             error=chain.failure(view),
         )
 
