@@ -5,7 +5,8 @@ somebody scrapes: the schedules from the agent, the disks from their servers, wi
 that a server that hangs costs its own figures only.
 
 Names end in their unit; labels are ``vm``, ``disk``, ``store``, ``phase`` and ``reason`` (:data:`jobs.ALL_KINDS`,
-:data:`task.PRUNE`), all of a bounded number of values.  Counters begin at zero with each start of the agent, as Prometheus expects.
+:data:`task.PRUNE`), all of a bounded number of values.  Counters begin at zero with each start of the agent, as
+Prometheus expects.
 """
 
 from __future__ import annotations
