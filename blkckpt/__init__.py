@@ -11,6 +11,7 @@ The chapters are the docstrings of the packages:
 * :mod:`blkckpt.restore` — lazy, eager, revert
 * :mod:`blkckpt.exchange` — NBD exports, image files, bundles for another host (rules X1 to X4)
 * :mod:`blkckpt.view` — checkpoints as files, guests' files, differences (rules V1 to V6)
+* :mod:`blkckpt.daemon` — schedules, and the agent of a host that works them off (rules T1 to T6)
 * :mod:`blkckpt.cli` — the command line
 """
 

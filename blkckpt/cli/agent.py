@@ -35,7 +35,6 @@ def command(ctx: click.Context) -> None:
     examples=(
         "blkckpt agent run",
         "blkckpt agent run --metrics-port 9723 --log-format json",
-        "curl --unix-socket \"$(blkckpt agent status --json | jq -r '.metrics[0]')\" http://agent/metrics",
     ),
 )
 @click.option(
@@ -85,6 +84,7 @@ def _hint(ours: session.Session) -> None:
         "blkckpt agent status",
         "blkckpt agent status --watch",
         "blkckpt agent status --json | jq '.schedules[] | select(.failures > 0) | .problem.text'",
+        "curl --unix-socket \"$(blkckpt agent status --json | jq -r '.metrics[0]')\" http://agent/metrics",
     ),
     keys=(
         "running, pid, started, metrics: [a socket's path, then a URL], schedules: "

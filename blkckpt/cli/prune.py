@@ -40,6 +40,7 @@ def _keep(period: str, what: str) -> Callable[[Any], Any]:
     examples=(
         "blkckpt prune web --keep-last 5 --dry-run",
         "blkckpt prune --keep-hourly 24 --keep-daily 7 --keep-weekly 4 --keep-monthly unlimited --yes",
+        "blkckpt prune web --tag scheduled --keep-daily 7 --yes",
         "blkckpt prune ci --keep-within 2d12h --keep-tag release --keep-tag golden,x86 --yes --repack",
     ),
     keys=(

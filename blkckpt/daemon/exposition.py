@@ -51,6 +51,7 @@ class _Server(wsgiref.simple_server.WSGIServer):
         super().__init__(("", 0), _Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
+        listener.settimeout(PEER_SECONDS)  # a connection that was there and is gone again
         self.server_name, self.server_port = "blkckpt", 0
         self.setup_environ()
         self.set_app(application)
@@ -98,6 +99,7 @@ class Exposition:
 
     def close(self) -> None:
         """Answer what is being answered, and stop."""
-        self._server.shutdown()
-        self._thread.join(PEER_SECONDS)
+        if self._thread.ident is not None:
+            self._server.shutdown()
+            self._thread.join(PEER_SECONDS)
         self._server.server_close()

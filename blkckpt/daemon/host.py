@@ -162,8 +162,8 @@ class Agent:
 
     def _finish(self) -> None:
         notify.stopping()
-        with self._lock:
-            left = [*self._tasks.values(), *self._retired]
+        with self._lock:  # no task begins any more: see reload
+            left = [one for one in (*self._tasks.values(), *self._retired) if not one.ended]
         logger.info("the agent stops", extra={"fields": {"under_way": [one.vm.name for one in left if _busy(one)]}})
         told, end = 0, time.monotonic() + self._settings.grace + JOIN_SECONDS
         while left and time.monotonic() < end:
@@ -204,7 +204,7 @@ class Agent:
             self._damaged = damaged
             for name in self._tasks.keys() - found.keys():
                 self._retire_locked(name)
-            for name, wanted in found.items():
+            for name, wanted in found.items() if not self._stops else ():
                 self._begin_locked(name, wanted)
             return len(self._tasks)
 

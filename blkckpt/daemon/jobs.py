@@ -137,11 +137,11 @@ class Job:
 def start(home: paths.Home, words: Sequence[str], files: Files) -> Job:
     """Run ``blkckpt`` *words* on *home*."""
     environment = {name: value for name, value in os.environ.items() if name not in PRIVATE}
-    command = [sys.executable, "-m", "blkckpt.cli.main", "--home", str(home.root), "--quiet", *words]
+    command = [sys.executable, "-P", "-m", "blkckpt.cli.main", "--home", str(home.root), "--quiet", *words]
     files.remove()
     with _writer(files.out) as out, _writer(files.err) as err:
         popen = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+            command, cwd="/", env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
         )
     return Job(rundir.Process.of(popen.pid), os.pidfd_open(popen.pid), files, popen)
 

@@ -202,7 +202,7 @@ _DISK_COUNTERS = (
     ("written_bytes", "disk_written_bytes", "Bytes written."),
     ("flushes", "disk_flushes", "Flush requests."),
     ("fast_requests", "disk_fast_requests", "Requests that the C fast path served."),
-    ("waits", "disk_waits", "Requests that had to wait for another one in flight (step 812)."),
+    ("waits", "disk_waits", "Requests (step 812) and windows of a commit that had to wait for one in flight."),
     ("drains", "disk_drains", "Times that requests in flight were waited for, to leave a layer."),
     ("drain_seconds", "disk_drain_seconds", "Time spent in that."),
 )

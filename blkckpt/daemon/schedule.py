@@ -38,6 +38,8 @@ LONGEST = 366 * 86400 * SECOND
 TIMEOUT = 6 * 3600 * SECOND
 """The whole of one checkpoint.  The checkpoint itself ends when nothing moves for five minutes (rule A2); this is for
 one that moves and never arrives."""
+TURN_SECONDS = 60
+"""For a checkpoint of somebody else to have its memory saved."""
 TAG = "scheduled"
 """What scheduled checkpoints are tagged with by default, so that keep rules leave those alone that people took."""
 
@@ -75,7 +77,7 @@ class Schedule:
 
     def checkpoint_words(self, vm: str) -> list[str]:
         """The command line of one checkpoint, after ``blkckpt``."""
-        words = ["checkpoint", vm, "--json", "--keep-memory", str(self.keep_memory)]
+        words = ["checkpoint", vm, "--json", "--wait", str(TURN_SECONDS), "--keep-memory", str(self.keep_memory)]
         words += ["--disk-only"] if self.disk_only else []
         for option, value in (("guest-agent", self.guest_agent), ("qmp", self.qmp), ("rate", self.rate)):
             words += [] if value is None else [f"--{option}", str(value)]

@@ -105,7 +105,7 @@ class DiskStatus:
     fast_requests: int | None  # of reads and writes, those that the C fast path served; None: it is not loaded
     epoch: int  # how often a new view was put in force since the start
     in_flight: int  # requests inside, of all epochs
-    waits: int  # requests that had to wait for another in flight (812)
+    waits: int  # requests (812) and windows of a commit that had to wait for one in flight
     drains: int  # how often requests in flight were waited for, to leave a layer
     drain_seconds: float
     error: str | None  # a failed fsync (D9)

@@ -160,7 +160,7 @@ class Gate(Generic[V]):
         self._watch: Watch | None = None
         self._old: list[Epoch[V]] = []
         self.waits = 0
-        """Requests that had to wait for another in flight (812)."""
+        """Requests (812) and windows of a commit that had to wait for a request in flight."""
         self.drains, self.drain_seconds = 0, 0.0
         """How often, and how long in all, :meth:`wait_drained` had to wait."""
 

@@ -107,7 +107,7 @@ def test_json_keys_are_documented(words: tuple[str, ...]) -> None:
 
 def test_json_everywhere_a_result_is_printed() -> None:
     without = {words for words in leaves() if "--json" not in run(*words, "--help").stdout}
-    assert without <= {("run",), ("serve",), ("cat",), ("completion",), ("man",)}
+    assert without <= {("run",), ("serve",), ("agent", "run"), ("cat",), ("completion",), ("man",)}
 
 
 def test_confirmation_needs_a_terminal_or_yes() -> None:

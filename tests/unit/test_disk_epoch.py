@@ -54,7 +54,7 @@ def test_plain_writes_overlap_freely() -> None:
     first, second = table.begin(0, 10), table.begin(5, 15)
     table.finish(first)
     table.finish(second)
-    assert table.in_flight() == 0
+    assert table.in_flight() == 0 and table.waits == 0
 
 
 def test_d4_a_copy_up_waits_for_older_writes_of_any_epoch() -> None:
@@ -66,6 +66,7 @@ def test_d4_a_copy_up_waits_for_older_writes_of_any_epoch() -> None:
     table.finish(old)
     assert later.done.wait(WAIT)
     assert isinstance(later.result, epoch.Ticket) and later.result.view == "new"
+    assert table.waits == 1, "counted once, however often it is woken"
 
 
 def test_d4_later_writes_wait_for_a_copy_up_and_others_do_not() -> None:
