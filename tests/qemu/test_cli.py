@@ -15,8 +15,10 @@ import pytest
 from blkckpt import paths
 from blkckpt.agent import turn
 from blkckpt.control import client
+from blkckpt.daemon import record, service
 from blkckpt.vm import qmp
 from tests.support import guest
+from tests.unit import test_daemon_metrics
 
 
 def phase(box: guest.Sandbox) -> str:
@@ -160,3 +162,27 @@ def test_status_while_it_runs(box: guest.Sandbox, writer: guest.Console) -> None
     assert Path(one["console"]).is_file() and Path(one["log"]).is_file()
     assert one["disks"][0]["writes"] > 0
     assert json.loads(box.run("vm", "show", "v", "--json"))["running"] is True
+
+
+def test_the_agent_has_checkpoints_taken(box: guest.Sandbox, writer: guest.Console) -> None:
+    """Of a running guest, by its schedule; and the guest does not notice more than of one taken by hand."""
+    home = paths.home(box.home)
+    box.run("schedule", "v", "--every", "1h", "--keep-last", "1")
+    agent = box.start("agent", "run")
+    try:
+        wait(lambda: record.load(home.vm("v")).success is not None, 120)
+        success = record.load(home.vm("v")).success
+        assert success is not None and success.stopped_ms is not None and 0 < success.stopped_ms < 5000
+        connection = test_daemon_metrics.Connection(service.metrics_path(home))
+        found = test_daemon_metrics.values(test_daemon_metrics.families(test_daemon_metrics.get(connection)))
+        assert found["blkckpt_guest_stopped_seconds_count", "v"] == 1
+        assert found["blkckpt_guest_stopped_seconds_sum", "v"] == pytest.approx(success.stopped_ms / 1000)
+        assert found["blkckpt_prefault_seconds_count", "v"] == 1
+        assert found["blkckpt_disk_chain_depth", "vda,v"] == 1
+        writer.check()
+    finally:
+        box.run("schedule", "v", "--off")
+        agent.send_signal(signal.SIGTERM)
+        _, said = agent.communicate(timeout=120)
+    assert agent.returncode == 0, said
+    assert box.json("show", f"v@{success.name}")["tags"] == ["scheduled"]

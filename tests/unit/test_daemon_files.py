@@ -42,7 +42,8 @@ def test_a_schedule_is_kept(vm: paths.VmPaths) -> None:
 
 def test_its_command_lines() -> None:
     assert FULL.checkpoint_words("web") == [
-        "checkpoint", "web", "--json", "--wait", "60", "--keep-memory", "0", "--disk-only", "--guest-agent", "/run/qga.sock",
+        "checkpoint", "web", "--json", "--wait", "60", "--keep-memory", "0", "--disk-only",
+        "--guest-agent", "/run/qga.sock",
         "--rate", str(50 << 20), "--tag", "a", "--tag", "b",
     ]  # fmt: skip
     assert FULL.prune_words("web") == [
