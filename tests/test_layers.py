@@ -70,7 +70,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"disk.group", "agent.runner", "view.tree", "exchange.outward"}),
     frozenset({"control.service", "agent.supervisor", "view.fuse"}),
     frozenset({"view.daemon"}),
-    frozenset({"daemon.quiet", "daemon.notify", "daemon.record", "daemon.schedule", "daemon.jobs"}),
+    frozenset({"daemon.quiet", "daemon.notify", "daemon.record", "daemon.schedule", "daemon.jobs", "daemon.packaged"}),
     frozenset({"daemon.planner", "daemon.readings", "daemon.metrics", "daemon.exposition"}),
     frozenset({"daemon.task", "daemon.service", "daemon.survey"}),
     frozenset({"daemon.host"}),

@@ -8,13 +8,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
 
-from blkckpt import errors, log, units
+from blkckpt import durable, errors, log, units
 from blkckpt.cli import live, output, session, verb
-from blkckpt.daemon import service
+from blkckpt.control import client
+from blkckpt.daemon import packaged, service
 
 _SHOWN = (
     "vm, doing, every, next (null: now), failures (in a row), running (null or a process id), problem: null or {at, "
@@ -113,8 +115,8 @@ def status(ours: session.Session, watch: bool, interval: str, as_json: bool) -> 
 
 def look(ours: session.Session) -> dict[str, Any]:
     """The JSON of ``agent status``: the agent's word, or the files' where there is no agent."""
-    if service.runs(ours.home):
-        said = service.ask(ours.home, "status")
+    said = _ask(ours)
+    if said is not None:
         head = {"running": True, "pid": said["pid"], "started": output.timestamp(said["started_ns"])}
         shown, damaged = said["schedules"], said["damaged"]
         metrics = said["metrics"]
@@ -123,6 +125,14 @@ def look(ours: session.Session) -> dict[str, Any]:
         recorded, damaged = service.recorded(ours.home)
         shown, metrics = [asdict(one) for one in recorded], []
     return {**head, "metrics": metrics, "schedules": [_keys(one) for one in shown], "damaged": dict(damaged)}
+
+
+def _ask(ours: session.Session) -> Mapping[str, Any] | None:
+    """The agent's word; None when there is none, or while it begins or ends."""
+    try:
+        return service.ask(ours.home, "status")
+    except (errors.StateError, client.GoneError):
+        return None
 
 
 def _keys(one: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,6 +223,38 @@ def stop(ours: session.Session, as_json: bool) -> None:
     if ran:
         service.ask(ours.home, "shutdown")
     _say(as_json, {"stopped": ran}, "the agent stops" if ran else "no agent runs")
+
+
+@command.command(
+    cls=verb.Verb,
+    examples=(
+        "blkckpt agent files --directory /etc/systemd/system --unit",
+        "blkckpt agent files --directory ~/.config/systemd/user --unit --user",
+        "blkckpt agent files --directory .",
+    ),
+    keys="files: [path]",
+)
+@click.option(
+    "--directory",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Made if need be.",
+)
+@click.option("--unit", is_flag=True, help="The systemd unit only.")
+@click.option("--user", is_flag=True, help="The unit for a user's own service manager.")
+@verb.json_option
+@click.pass_obj
+def files(ours: session.Session, directory: Path, unit: bool, user: bool, as_json: bool) -> None:
+    """Write what comes with the agent: a systemd unit, a Grafana dashboard, alert rules for Prometheus."""
+    written = {packaged.SYSTEM: packaged.unit(packaged.USER if user else packaged.SYSTEM)}
+    if not unit:
+        written |= {name: packaged.read(name) for name in (packaged.DASHBOARD, packaged.ALERTS)}
+    directory.mkdir(parents=True, exist_ok=True)
+    found = [directory / name for name in written]
+    for path, text in zip(found, written.values(), strict=True):
+        durable.write_file(path, text.encode(), 0o644)
+    _say(as_json, {"files": [str(path) for path in found]}, "\n".join(map(str, found)))
 
 
 def _say(as_json: bool, body: Mapping[str, Any], text: str) -> None:

@@ -25,6 +25,7 @@ Data flow
 ``exposition``  … over HTTP, on a unix socket and a port of the loopback
 ``service``     the agent's control socket, both ends
 ``notify``      systemd's notification protocol
+``packaged``    units, a dashboard, alert rules
 ``host``        the whole: lock, threads, signals, the end
 ==============  =======================================================================================
 

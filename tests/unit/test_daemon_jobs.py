@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -197,13 +198,13 @@ def test_lines_for_the_journal_begin_with_their_priority(tmp_path: Path, monkeyp
         assert not log.is_journal(stream)
         info = os.fstat(stream.fileno())
         monkeypatch.setenv("JOURNAL_STREAM", f"{info.st_dev}:{info.st_ino}")
-        monkeypatch.setattr(log.logging.getLogger(), "handlers", [])
-        level = log.logging.getLogger().level
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
+        level = logging.getLogger().level
         try:
             log.setup(as_json=True, stream=stream)
             log.get("x").warning("careful", extra={"fields": {"vm": "web"}})
         finally:
-            log.logging.getLogger().setLevel(level)
+            logging.getLogger().setLevel(level)
         stream.seek(0)
         line = stream.read()
     assert line.startswith('<4>{"time"') and '"vm": "web"' in line

@@ -8,23 +8,25 @@ from __future__ import annotations
 import configparser
 import http.client
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click import testing
 from prometheus_client import core
 from prometheus_client.openmetrics import parser
 
 from blkckpt.agent import rundir
-from blkckpt.daemon import exposition, jobs, metrics
+from blkckpt.cli import main
+from blkckpt.daemon import exposition, jobs, metrics, packaged
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGING = ROOT / "tools/packaging"
 DISK = {
     "name": "vda", "overlays": [{"bytes": 4096}, {"bytes": 8192}], "in_flight": 3, "error": None, "reads": 10,
     "writes": 5, "read_bytes": 1000, "written_bytes": 2000, "flushes": 1, "fast_requests": None, "waits": 7,
@@ -84,10 +86,13 @@ def get(connection: http.client.HTTPConnection, path: str = "/metrics") -> http.
     return connection.getresponse()
 
 
+_parse: Callable[[str], Iterable[core.Metric]] = parser.text_string_to_metric_families
+
+
 def families(response: http.client.HTTPResponse) -> dict[str, core.Metric]:
     assert response.status == 200 and "openmetrics-text" in (response.getheader("Content-Type") or "")
     text = response.read().decode()
-    return {family.name: family for family in parser.text_string_to_metric_families(text)}
+    return {family.name: family for family in _parse(text)}
 
 
 def values(found: dict[str, core.Metric]) -> dict[tuple[str, str], float]:
@@ -137,7 +142,7 @@ def test_the_port_is_of_the_loopback_and_other_paths_are_not_there(counted: metr
     server.start()
     try:
         assert address[0] == "127.0.0.1"
-        assert "blkckpt_checkpoints" in families(get(http.client.HTTPConnection(*address, timeout=30)))
+        assert "blkckpt_checkpoints" in families(get(http.client.HTTPConnection("127.0.0.1", address[1], timeout=30)))
     finally:
         server.close()
 
@@ -150,7 +155,7 @@ def test_a_silent_peer_does_not_hold_up_the_next_for_long(served: Path, monkeypa
 
 
 def test_another_users_scrape_is_refused(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exposition.server, "peer_of", lambda _: (1, 4711))
+    monkeypatch.setattr("blkckpt.control.server.peer_of", lambda _: (1, 4711))
     with pytest.raises((http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)):
         get(Connection(served))
 
@@ -188,7 +193,7 @@ def expressions(value: Any) -> Iterator[str]:
 
 
 def test_the_dashboard_shows_metrics_that_exist(counted: metrics.Metrics) -> None:
-    board = json.loads((PACKAGING / "grafana-dashboard.json").read_text())
+    board = json.loads(packaged.read(packaged.DASHBOARD))
     used = set().union(*(used_names(one) for one in expressions(board)))
     assert used <= known_names(counted), used - known_names(counted)
     for wanted in (
@@ -202,32 +207,36 @@ def test_the_dashboard_shows_metrics_that_exist(counted: metrics.Metrics) -> Non
 
 
 def test_the_alerts_are_about_metrics_that_exist(counted: metrics.Metrics) -> None:
-    text = (PACKAGING / "alerts.yml").read_text()
+    text = packaged.read(packaged.ALERTS)
     assert text.count("- alert:") == text.count("expr:") == text.count("summary:") > 5
     assert used_names(text) <= known_names(counted)
 
 
-UNITS = {"blkckpt-agent.service": "/usr/local/bin/blkckpt", "blkckpt-agent.user.service": "%h/.local/bin/blkckpt"}
-
-
-@pytest.mark.parametrize("name", UNITS)
+@pytest.mark.parametrize("name", [packaged.SYSTEM, packaged.USER])
 def test_the_units_say_what_the_agent_does(name: str) -> None:
     unit = configparser.ConfigParser(interpolation=None)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
-    unit.read(PACKAGING / name)
+    unit.read_string(packaged.unit(name, ["/a b/blkckpt", "100%"]))
     service = unit["Service"]
-    assert service["Type"] == "notify" and service["ExecStart"].startswith(f"{UNITS[name]} agent run")
+    assert service["Type"] == "notify" and service["ExecStart"].startswith('"/a b/blkckpt" 100%% agent run')
     assert service["KillMode"] == "process", "a checkpoint under way outlives a killed agent"
     assert int(service["TimeoutStopSec"]) > 20 + jobs.TAKE_BACK_SECONDS
     assert service["ExecReload"] == "/bin/kill -HUP $MAINPID"
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd")
-def test_systemd_has_no_complaint(tmp_path: Path) -> None:
-    name = "blkckpt-agent.service"
-    text = (PACKAGING / name).read_text().replace(UNITS[name], str(ROOT / ".venv/bin/blkckpt"))
-    (tmp_path / name).write_text(text)
-    done = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", str(tmp_path / name)], capture_output=True, text=True, timeout=60
+@pytest.mark.parametrize("words", [(), ("--user",)], ids=["system", "user"])
+def test_systemd_has_no_complaint(words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """About what `agent files` writes, for the command that is installed here."""
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    made = testing.CliRunner().invoke(
+        main.command, ["agent", "files", "--directory", str(tmp_path), "--unit", *words, "--json"]
     )
+    assert json.loads(made.stdout) == {"files": [str(tmp_path / packaged.SYSTEM)]}
+    done = subprocess.run(
+        ["systemd-analyze", *words, "verify", "--man=no", tmp_path / packaged.SYSTEM], capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")

@@ -49,7 +49,10 @@ def test_it_finds_the_quietest_as_often_as_the_theory_says() -> None:
 
 
 def test_load_is_what_was_moved_and_asked_a_second() -> None:
-    disks = [{"reads": 10, "writes": 5, "read_bytes": 1000, "written_bytes": None}, {"reads": 1}]
+    disks: list[dict[str, object]] = [
+        {"reads": 10, "writes": 5, "read_bytes": 1000, "written_bytes": None},
+        {"reads": 1},
+    ]
     before = quiet.counters(7, disks)
     assert before == quiet.Counters(7, 16, 1000)
     now = quiet.Counters(7, 18, 9192)
