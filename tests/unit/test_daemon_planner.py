@@ -133,13 +133,17 @@ def test_the_window_is_looked_through_and_then_used() -> None:
 # The rules over random histories.
 
 MINUTES = st.integers(0, 90).map(lambda minutes: minutes * 60 * S)
-HISTORY = st.lists(st.tuples(MINUTES, st.sampled_from(["down", "stopped", "fails", "fine"])), min_size=1, max_size=10)
+KINDS = ["down", "stopped", "fails", "fine"]
+HISTORY = st.lists(st.tuples(MINUTES, st.sampled_from(KINDS)), min_size=1, max_size=10)
 
 
 def play(history: Sequence[tuple[int, str]]) -> Iterator[tuple[int, str, record.Record]]:
     """Live through stretches of time, each of one kind; yields every attempt with the record before it."""
     now, end, known = START, START, record.Record()
     for length, kind in history:
+        if kind == "back":
+            now, end = now - length, end - length
+            continue
         end += length
         if kind == "down":
             now = max(now, end)
@@ -184,4 +188,16 @@ def test_a_vm_that_runs_never_waits_longer_than_an_interval(history: Sequence[tu
     end = START + sum(length for length, _ in history)
     taken = [now for now, kind, _ in play(history) if kind == "fine" and now >= end - 3 * EVERY]
     assert taken and taken[0] - (end - 3 * EVERY) <= EVERY
+    assert all(later - earlier <= EVERY for earlier, later in itertools.pairwise(taken))
+
+
+STEPS = st.lists(st.tuples(MINUTES, st.sampled_from([*KINDS, "back"])), max_size=10)
+
+
+@settings(deadline=None)
+@given(STEPS)
+def test_t3_a_clock_that_is_put_back_costs_one_interval_at_most(history: Sequence[tuple[int, str]]) -> None:
+    end = START + sum(-length if kind == "back" else length for length, kind in history)
+    taken = [now for now, kind, _ in play([*history, (3 * EVERY, "last")]) if kind == "last"]
+    assert taken and taken[0] - end <= 2 * EVERY
     assert all(later - earlier <= EVERY for earlier, later in itertools.pairwise(taken))
