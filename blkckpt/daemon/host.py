@@ -161,11 +161,12 @@ class Agent:
             os.eventfd_read(self._wake)
 
     def _finish(self) -> None:
-        notify.stopping()
+        patience = self._settings.grace + JOIN_SECONDS
+        notify.stopping(patience)
         with self._lock:  # no task begins any more: see reload
             left = [one for one in (*self._tasks.values(), *self._retired) if not one.ended]
         logger.info("the agent stops", extra={"fields": {"under_way": [one.vm.name for one in left if _busy(one)]}})
-        told, end = 0, time.monotonic() + self._settings.grace + JOIN_SECONDS
+        told, end = 0, time.monotonic() + patience
         while left and time.monotonic() < end:
             if told != min(self._stops, 2):
                 told = min(self._stops, 2)

@@ -42,8 +42,9 @@ def status(text: str) -> None:
     send(f"STATUS={text}")
 
 
-def stopping() -> None:
-    send("STOPPING=1", "STATUS=ends what is under way")
+def stopping(seconds: float) -> None:
+    """It may take so long: the manager's own patience is extended to that."""
+    send("STOPPING=1", "STATUS=ends what is under way", f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
 
 
 def watchdog() -> None:

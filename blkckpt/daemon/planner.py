@@ -112,9 +112,13 @@ def delay_ns(failures: int, every_ns: int) -> int:
 
 
 def corrected(known: record.Record, wanted: schedule.Schedule, now: int) -> record.Record:
-    """*known* without times that only a clock since put back can have written (T3)."""
+    """*known* without times that only a clock since put back can have written (T3).
+
+    That of a schedule which had no attempt yet is its beginning.
+    """
     settled, retry = known.settled_ns, known.retry_ns
-    if settled is not None and settled > now + wanted.every_ns:
+    first = wanted.anchor_ns if settled is None else settled - wanted.every_ns
+    if first > now:
         settled = now
     if retry is not None and retry > now + delay_ns(max(known.failures, 1), wanted.every_ns):
         retry = now
