@@ -85,14 +85,16 @@ def run(context_: context.Context) -> list[figures.Figure]:
     guests.need_image()
     seconds = context_.pick(30, SECONDS)
     context_.say(f"a checkpoint every {PERIOD:g} s for {seconds} s of a guest that writes")
-    with product.sandbox(context_.directory, "often") as box:
-        with guests.ours(box, "often", "writer", MEMORY, DISK, **OPTIONS) as running:
-            layers = Layers(paths.home(box.home).vm("often"))
-            with layers.watched():
-                stopped = figures.Samples(_take(context_, box, seconds), "ms")
-                layers.wait_for_one(REST_SECONDS)
-            if running.console.sweep() or running.console.complaints():
-                raise context.BenchError("the guest read a wrong byte")
+    with (
+        product.sandbox(context_.directory, "often") as box,
+        guests.ours(box, "often", "writer", MEMORY, DISK, **OPTIONS) as running,
+    ):
+        layers = Layers(paths.home(box.home).vm("often"))
+        with layers.watched():
+            stopped = figures.Samples(_take(context_, box, seconds), "ms")
+            layers.wait_for_one(REST_SECONDS)
+        if running.console.sweep() or running.console.complaints():
+            raise context.BenchError("the guest read a wrong byte")
     depth = figures.Samples([float(one) for one in layers.seen], "layers")
     worst = max(stopped.values)
     return [
