@@ -35,6 +35,18 @@ def test_only_the_durable_layer_syncs_and_renames() -> None:
                 assert DURABLE_CALLS.get(node.attr) != node.value.id, f"{path}:{node.lineno} calls os.{node.attr}"
 
 
+def test_children_import_nothing_from_the_users_directory() -> None:
+    """``python -m blkckpt…`` without ``-P`` would import a ``blkckpt`` that lies where the user happens to be."""
+    for path in (ROOT / "blkckpt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.List | ast.Tuple):
+                continue
+            words = [item.value if isinstance(item, ast.Constant) else None for item in node.elts]
+            for before, flag, module in zip(words, words[1:], words[2:], strict=False):
+                if flag == "-m" and str(module).startswith("blkckpt"):
+                    assert before == "-P", f"{path}:{node.lineno}"
+
+
 def test_modules_are_small() -> None:
     """A module past 500 lines needs a reason; today none has one."""
     for path in [*(ROOT / "blkckpt").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")]:

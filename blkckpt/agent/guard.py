@@ -47,7 +47,7 @@ class Guard:
         """Start the process; it gets a duplicate of *stream*.  It stands when :meth:`await_ready` has returned."""
         given = [] if stream is None else [stream]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "blkckpt.agent.guard", kind, path, *map(str, given)],
+            [sys.executable, "-P", "-m", "blkckpt.agent.guard", kind, path, *map(str, given)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=given,

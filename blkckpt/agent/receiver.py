@@ -96,7 +96,7 @@ class Receiver:
             fcntl.fcntl(self.sink, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "blkckpt.memory.receive"],
+                [sys.executable, "-P", "-m", "blkckpt.memory.receive"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=[self.stream],

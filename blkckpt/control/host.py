@@ -111,7 +111,7 @@ class Host:
         self._quitter.start()
         disks.start()
         identity = service.Identity(self._vm.name, f"blkckpt {blkckpt.__version__}")
-        command = (self._python, "-m", "blkckpt.store.ingest")
+        command = (self._python, "-P", "-m", "blkckpt.store.ingest")
         self._service = service.Service(identity, disks, command, self._quitter.quit)
         self._server = server.Server(self._listener, self._service)
         self._server.start()

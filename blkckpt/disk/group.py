@@ -41,7 +41,7 @@ _log = log.get(__name__)
 State = api.State
 Stage = rounds.Stage
 STOP_SECONDS = 30.0
-COPY_COMMAND = (sys.executable, "-m", "blkckpt.store.ingest")
+COPY_COMMAND = (sys.executable, "-P", "-m", "blkckpt.store.ingest")
 
 
 class DiskGroup:

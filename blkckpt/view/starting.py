@@ -74,7 +74,7 @@ class Starting:
         self._answers = os.fdopen(receiver, "rb")
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "blkckpt.view.daemon", str(sender)],
+                [sys.executable, "-P", "-m", "blkckpt.view.daemon", str(sender)],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True, pass_fds=[sender],
                 env={**os.environ, **_ENVIRONMENT}, cwd="/",
             )  # fmt: skip
