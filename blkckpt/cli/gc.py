@@ -7,6 +7,7 @@ import click
 from blkckpt import errors, units
 from blkckpt.agent import forget
 from blkckpt.cli import output, progress, rm, session, verb
+from blkckpt.exchange import inuse
 from blkckpt.store import collect, repack, store
 
 
@@ -40,6 +41,8 @@ def command(ours: session.Session, repack: bool, threshold: float, dry_run: bool
     places = ours.stores()
     if not dry_run:
         forget.let_go(ours.home)
+        for place in places:
+            inuse.let_go(place)
     with ours.reporter() as bars:
         reports = [_collect(place, threshold / 100 if repack else None, dry_run, bars) for place in places]
     found = rm.keys(reports)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ import click
 from blkckpt import errors, units
 from blkckpt.agent import forget
 from blkckpt.cli import names, output, rm, session, verb
-from blkckpt.store import collect, manifest, repack, retention, store
+from blkckpt.store import collect as collection
+from blkckpt.store import manifest, retention, store
+from blkckpt.store import repack as repacking
 from blkckpt.vm import definition
 
 
@@ -108,7 +110,8 @@ def command(
     removed = [str(one) for one in gone if dry_run or _remove(ours, one)]
     reports = None
     if collect and removed and not dry_run:
-        reports = _collect({one.place.path: one.place for one in gone}.values(), repack)
+        threshold = repacking.THRESHOLD if repack else None
+        reports = rm.collect_now(list({one.place.path: one.place for one in gone}.values()), threshold)
     if as_json:
         output.write_json(_keys(verdicts, removed, reports, dry_run))
     else:
@@ -173,18 +176,10 @@ def _remove(ours: session.Session, one: _Verdict) -> bool:
     return True
 
 
-def _collect(places: Iterable[store.Store], repacking: bool) -> list[collect.CollectReport] | None:
-    try:
-        return [place.collect(repack=repack.THRESHOLD if repacking else None) for place in places]
-    except errors.StateError as error:
-        click.echo(f"blkckpt: removed, but its space is not freed yet: {error}", err=True)
-        return None
-
-
 def _keys(
     verdicts: Sequence[_Verdict],
     removed: Sequence[str],
-    reports: Sequence[collect.CollectReport] | None,
+    reports: Sequence[collection.CollectReport] | None,
     dry_run: bool,
 ) -> dict[str, Any]:
     return {
@@ -220,7 +215,7 @@ def _table(verdicts: Sequence[_Verdict]) -> str:
 def _text(
     verdicts: Sequence[_Verdict],
     removed: Sequence[str],
-    reports: Sequence[collect.CollectReport] | None,
+    reports: Sequence[collection.CollectReport] | None,
     dry_run: bool,
 ) -> str:
     if dry_run:

@@ -46,7 +46,7 @@ def command(ours: session.Session, targets: tuple[names.Target, ...], collect: b
     for vm, place, name in found:
         discard(ours, vm, place, name)
     forget.let_go(ours.home)
-    reports = _collect(list({place.path: place for _, place, _ in found}.values())) if collect else None
+    reports = collect_now(list({place.path: place for _, place, _ in found}.values())) if collect else None
     if as_json:
         output.write_json({"removed": removed, "collected": None if reports is None else keys(reports)})
         return
@@ -61,12 +61,12 @@ def discard(ours: session.Session, vm: str, place: store.Store, name: str) -> No
     shutil.rmtree(ours.home.vm(vm).memory / name, ignore_errors=True)
 
 
-def _collect(places: Sequence[store.Store]) -> list[collection.CollectReport] | None:
+def collect_now(places: Sequence[store.Store], repack: float | None = None) -> list[collection.CollectReport] | None:
     """Delete what is not needed; not now if a checkpoint is being written (the next removal does it)."""
     try:
         for place in places:
             inuse.let_go(place)
-        return [place.collect() for place in places]
+        return [place.collect(repack=repack) for place in places]
     except errors.StateError as error:
         click.echo(f"blkckpt: removed, but its space is not freed yet: {error}", err=True)
         return None

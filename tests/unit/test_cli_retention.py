@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from click import testing
 
-from blkckpt import paths
+from blkckpt import errors, paths
 from blkckpt.cli import main
+from blkckpt.exchange import inuse
 from blkckpt.store import manifest, store
 from tests.unit.test_store_collect import put
 
@@ -189,6 +190,22 @@ def test_gc(place: store.Store) -> None:
 def tables(collected: dict[str, Any]) -> int:
     """What the tables of the removed images took: a header, one entry, a checksum each."""
     return int(collected["images"]) * (128 + 56 + 32)
+
+
+@pytest.mark.parametrize("words", [("gc",), ("prune", "web", "--keep-last", "1", "--yes")], ids=lambda words: words[0])
+def test_what_a_killed_reader_kept_is_freed(place: store.Store, words: tuple[str, ...]) -> None:
+    """S5: the pin of a process that is gone keeps nothing; that of a living one does."""
+    images = place.manifest("web", "mon").images()
+    place.pin("use.nbd.00000000.4194303.1.0", images)
+    run("rm", "web@tue-am", "--yes", "--no-collect")
+    place.remove("web", "mon")
+    with inuse.using(place, images, "test"):
+        run(*words)
+        assert [one.split(".")[1] for one in place.pins()] == ["test"]
+        assert place.image(next(iter(images)))
+    run("gc")
+    with pytest.raises(errors.NotFoundError):
+        place.image(next(iter(images)))
 
 
 def test_gc_tells_of_damage(place: store.Store) -> None:
