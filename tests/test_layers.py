@@ -27,7 +27,7 @@ RANKS: tuple[frozenset[str], ...] = (
         "disk.blockmap", "disk.format", "disk.fastpath", "control.messages", "control.wire", "store.layout",
         "store.manifest", "store.retention", "agent.plan", "agent.qemuargs", "memory.stream", "memory.skeleton",
         "vm.definition", "vm.unfinished", "vm.writeprotect", "vm.commandline",
-        "vm.barrier", "vm.lineage",
+        "vm.barrier", "vm.lineage", "vm.network", "memory.nics",
     }),
     frozenset({"view.source", "view.parsing", "view.jbd2"}),
     frozenset({"view.partitions", "view.probe", "view.guestfs"}),
@@ -76,7 +76,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"daemon.host"}),
     frozenset({"control.host", "restore.disks", "restore.ram", "restore.fused", "restore.prefetch"}),
     frozenset({"restore.machine", "exchange.inward"}),
-    frozenset({"restore.revert"}),
+    frozenset({"restore.revert", "restore.fork"}),
     frozenset({"doctor"}),
     frozenset({"cli"}),
 )  # fmt: skip

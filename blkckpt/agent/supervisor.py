@@ -165,6 +165,15 @@ class Detached:
             raise errors.DeadlineError(f"VM {vm.name} did not start within {deadline:g} s; it is being stopped")
         return _started(self._answers.read(wire.MAX_MESSAGE), vm)
 
+    def abandon(self) -> None:
+        """End what :meth:`start` has begun, wherever it is: in order.  For a caller that gives up, from any thread."""
+        if not self._ordered:
+            return  # leaving the context does it
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGTERM)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._pid, 0)
+
 
 def find(vm: paths.VmPaths) -> rundir.Running | None:
     """Who runs *vm* now; None when nobody does."""

@@ -45,6 +45,7 @@ VERBS = {
     "pin": "Keep a checkpoint from rm and prune.",
     "unpin": "Let a pinned checkpoint go.",
     "restore": "Start a new VM from a checkpoint.",
+    "fork": "Start several new VMs from one checkpoint.",
     "prefetch": "Make the memory of a lazily restored VM its own.",
     "revert": "Take a VM's own disks and state back to a checkpoint.",
     "nbd": "Export a checkpoint's disks over NBD, read-only.",

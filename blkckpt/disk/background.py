@@ -116,6 +116,8 @@ class Filler:
         self._warn = warn
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self.after = 0.0
+        """Seconds before the first disk is begun, once."""
 
     def start(self, members: Sequence[member.Member]) -> None:
         """Fill *members*; no effect while they are being filled.  Waits for nothing."""
@@ -132,6 +134,9 @@ class Filler:
         self._thread = None
 
     def _run(self, members: Sequence[member.Member], stop: threading.Event) -> None:
+        if stop.wait(self.after):
+            return
+        self.after = 0.0
         for item in members:
             try:
                 self._fill(item, stop)

@@ -112,10 +112,10 @@ class DiskGroup:
             _log.warning("unclean stop: the %s", how, extra={"fields": {"vm": self._vm.name}})
         self.disks = {name: item.disk for name, item in self._members.items()}
 
-    def start(self) -> None:
-        """Start the background work.  Call after nbdkit's fork."""
+    def start(self, fill_after: float = 0.0) -> None:
+        """Start the background work, restored disks' fill *fill_after* seconds later.  Call after nbdkit's fork."""
         with self._control:
-            self._started = True
+            self._started, self._filler.after = True, fill_after
             threading.Thread(target=self._watch, name="disk-watch", daemon=True).start()
             if self._state() is State.COMMITTING:
                 self._leave("commit", lambda running: None)

@@ -14,7 +14,9 @@ back as an error.  The stream is made while it is sent, by a thread of ours.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
+import hashlib
 import os
 import shlex
 import threading
@@ -24,10 +26,11 @@ from pathlib import Path
 
 from blkckpt import errors, paths
 from blkckpt.agent import rundir, supervisor
+from blkckpt.memory import nics
 from blkckpt.restore import disks, fused, ram
 from blkckpt.store import manifest
 from blkckpt.store import store as stores
-from blkckpt.vm import commandline, dialogue
+from blkckpt.vm import commandline, dialogue, network
 
 LAZY = "lazy"
 EAGER = "eager"
@@ -40,6 +43,11 @@ RAW = "raw"
 FUSE = "fuse"
 """Where a lazily restored machine's memory is read from: a raw image, or the store through a mount of its own."""
 
+ADDRESS_NOTE = (
+    "its network cards have addresses of their own, but a guest that runs goes on with the one it has read when its "
+    "driver was bound: bind the driver anew (or reboot the guest) on a network that it shares with the original"
+)
+KEPT_NOTE = "the network card with address {address} keeps it: what QEMU saved of its kind is not known here"
 FUSE_NOTE = (
     "its memory is read from the store by a process of its own: if that is killed, QEMU dies at the next page it has "
     "not read; `blkckpt prefetch {name}` ends that"
@@ -68,8 +76,13 @@ class Prepared:
     checkpoint: manifest.Manifest
     memory: ram.Memory | None = None
     lazy: Mapping[str, Path] | None = None
-    directory: str | None = None
     source: str = RAW
+    cards: tuple[nics.Card, ...] | None = None
+    """The network cards with new addresses (:func:`readdressed`); None: the machine keeps those it had."""
+    owner: str = ""
+    """What new addresses are derived from: the VM's id."""
+    isolated: bool = False
+    """Its networks lead nowhere."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -79,7 +92,14 @@ class Prepared:
         copy = (COPY_NOTE,) if self.checkpoint.vm != self.vm.name else ()
         lazy = (LAZY_NOTE,) if self.lazy else ()
         fuse = (FUSE_NOTE.format(name=self.vm.name),) if self.lazy and self.source == FUSE else ()
-        return (*copy, *lazy, *fuse, *commandline.review(self.checkpoint.machine.argv))
+        return (*copy, *lazy, *fuse, *self._network_notes(), *commandline.review(self.checkpoint.machine.argv))
+
+    def _network_notes(self) -> tuple[str, ...]:
+        if self.cards is None or self.checkpoint.machine is None:
+            return ()
+        _, kept = _addresses(self, self.checkpoint.machine.argv)
+        changed = (ADDRESS_NOTE,) if any(card.new for card in self.cards) else ()
+        return (*changed, *(KEPT_NOTE.format(address=address) for address in kept))
 
 
 def restore(
@@ -126,6 +146,31 @@ def prepare_memory(
     return Prepared(vm, checkpoint, memory, lazy, source=FUSE if mount is not None else RAW)
 
 
+def readdressed(prepared: Prepared, owner: str) -> Prepared:
+    """With network addresses of its own, derived from *owner* (the VM's id) and each card's old one.
+
+    In the device state as well as on the command line: :mod:`blkckpt.memory.nics` says what a guest sees of it.
+    """
+    if prepared.memory is None:
+        return prepared
+    skeleton = prepared.memory.skeleton
+    tail, cards = nics.rewrite(skeleton.tail, lambda old: derived_address(owner, old))
+    memory = dataclasses.replace(prepared.memory, skeleton=dataclasses.replace(skeleton, tail=tail))
+    return dataclasses.replace(prepared, memory=memory, cards=cards, owner=owner)
+
+
+def derived_address(owner: str, old: bytes) -> bytes:
+    """A locally administered unicast address: the same for the same card of the same VM, another for any other."""
+    digest = hashlib.sha256(f"blkckpt-mac {owner} ".encode() + old).digest()
+    return bytes([digest[0] & 0xFC | 0x02]) + digest[1:6]
+
+
+def _addresses(prepared: Prepared, words: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """*words* with the new addresses, and the addresses that stay."""
+    known = {card.old: card.new for card in prepared.cards or () if card.new}
+    return network.readdress(words, known, lambda old: derived_address(prepared.owner, old))
+
+
 # --- the command line ---
 
 
@@ -133,7 +178,7 @@ def argv(prepared: Prepared, incoming: str, *, paused: bool) -> tuple[str, ...]:
     """The recorded command line with the sockets, the memory and ``-incoming`` of this VM."""
     recorded = prepared.checkpoint.machine
     assert recorded is not None
-    return tuple(
+    words = tuple(
         commandline.rewrite(
             recorded.argv,
             nbd_socket=prepared.vm.nbd_socket,
@@ -145,6 +190,9 @@ def argv(prepared: Prepared, incoming: str, *, paused: bool) -> tuple[str, ...]:
             name=prepared.vm.name if prepared.vm.name != prepared.checkpoint.vm else None,
         )
     )
+    if prepared.isolated:
+        words = network.isolated(words)
+    return words if prepared.cards is None else _addresses(prepared, words)[0]
 
 
 def shell_line(prepared: Prepared, progress: Progress) -> str:

@@ -97,6 +97,12 @@ def review(argv: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def exclusive(argv: Sequence[str]) -> str | None:
+    """The first thing but a network that only one machine can have, a sentence; None if copies can run side by side."""
+    _, options = qemuopts.parse(argv)
+    return next((note for option in options if (note := _exclusive(option)) is not None), None)
+
+
 def ram_size(argv: Sequence[str]) -> int:
     """The size of main memory in bytes."""
     return qemuopts.ram_size(qemuopts.parse(argv)[1])
@@ -344,6 +350,18 @@ def _is_default(options: Iterable[qemuopts.Option], block: str) -> bool:
 
 def _remark(option: qemuopts.Option) -> str | None:
     name, value = option.name, option.value or ""
+    if (note := _exclusive(option)) is not None:
+        return note
+    if name in _NETWORK and "hostfwd" in value:
+        return "port forwards (hostfwd) are left out of a copy: the original has the ports"
+    if name in _NETWORK and re.search(r"ifname=|listen=|server=on", value):
+        return f"-{name} {value[:80]} uses an interface or port that the original has; change it in the copy"
+    return None
+
+
+def _exclusive(option: qemuopts.Option) -> str | None:
+    """What but a network only one machine can have."""
+    name, value = option.name, option.value or ""
     if name in _IMAGES and value and _is_foreign_disk(name, value):
         return (
             f"the disk {value[:120]!r} is not served by blkckpt: it is not part of the checkpoint, "
@@ -351,10 +369,6 @@ def _remark(option: qemuopts.Option) -> str | None:
         )
     if name == "add-fd" or re.search(r"\b(?:vhost)?fds?=\d", value):
         return f"-{name} uses a descriptor that QEMU was started with; a copy needs one of its own"
-    if name in _NETWORK and "hostfwd" in value:
-        return "port forwards (hostfwd) are left out of a copy: the original has the ports"
-    if name in _NETWORK and re.search(r"ifname=|listen=|server=on", value):
-        return f"-{name} {value[:80]} uses an interface or port that the original has; change it in the copy"
     if name == "spice" or (name == "display" and value.startswith("vnc=")):
         return f"-{name} listens on the original's port; change it in the copy"
     if name == "device" and re.match(r"vfio-|usb-host", value):
