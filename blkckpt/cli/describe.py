@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blkckpt import units
@@ -72,24 +72,33 @@ def timings(one: manifest.Manifest) -> str:
     return output.fields({name.replace("_", " "): units.format_duration(value) for name, value in one.timings.items()})
 
 
-def overview(found: Sequence[tuple[manifest.Manifest, labels.Labels]], leads: Sequence[str] | None = None) -> str:
-    """One row a checkpoint; *leads* is what to draw before each name."""
-    rows = [
-        (
-            f"{lead}{one.vm}@{one.name}",
-            output.local_time(one.created_ns),
-            one.consistency,
-            units.format_size(sum(disk.size for disk in one.disks)),
-            units.format_size(_ram(one.memory)) if one.memory else "-",
-            one.parent or "-",
-            "yes" if marked.pinned else "-",
-            ",".join(marked.tags) or "-",
-            next(iter((*one.notes, *marked.notes)), ""),
-        )
-        for lead, (one, marked) in zip(leads or [""] * len(found), found, strict=True)
-    ]
+def overview(
+    found: Sequence[tuple[manifest.Manifest, labels.Labels]],
+    leads: Sequence[str] | None = None,
+    heirs: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    """One row a checkpoint; *leads* is what to draw before each name, *heirs* the VMs that go on from it."""
+    rows = []
+    for lead, (one, marked) in zip(leads or [""] * len(found), found, strict=True):
+        rows.append(_row(lead, one, marked))
+        aside = "".join("│" if letter in "│├" else " " for letter in lead[:-2])
+        rows += [(f"{aside}│   VM {name}", *[""] * 8) for name in (heirs or {}).get(f"{one.vm}@{one.name}", ())]
     headers = ("CHECKPOINT", "TAKEN", "KIND", "DISKS", "MEMORY", "AFTER", "PINNED", "TAGS", "NOTE")
     return output.table(headers, rows, ("DISKS", "MEMORY"))
+
+
+def _row(lead: str, one: manifest.Manifest, marked: labels.Labels) -> tuple[str, ...]:
+    return (
+        f"{lead}{one.vm}@{one.name}",
+        output.local_time(one.created_ns),
+        one.consistency,
+        units.format_size(sum(disk.size for disk in one.disks)),
+        units.format_size(_ram(one.memory)) if one.memory else "-",
+        one.parent or "-",
+        "yes" if marked.pinned else "-",
+        ",".join(marked.tags) or "-",
+        next(iter((*one.notes, *marked.notes)), ""),
+    )
 
 
 def size(one: manifest.Manifest) -> int:

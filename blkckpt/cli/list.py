@@ -7,6 +7,7 @@ import click
 from blkckpt import errors, units
 from blkckpt.cli import describe, names, output, session, tree, verb
 from blkckpt.store import labels, manifest, store
+from blkckpt.vm import lineage
 
 
 @click.command(
@@ -14,7 +15,7 @@ from blkckpt.store import labels, manifest, store
     examples=(
         "blkckpt list",
         "blkckpt list web",
-        "blkckpt list --tree                        which came after which, with the branches that reverts left",
+        "blkckpt list --tree                        which came after which, reverts' branches, restored VMs",
         "blkckpt list web --tag nightly            with this tag",
         "blkckpt list --tag release,x86 --tag keep  with both of the first two, or with the third",
         "blkckpt list web --json | jq -r '.checkpoints[].name'",
@@ -41,11 +42,22 @@ def command(ours: session.Session, name: str | None, as_tree: bool, tags: tuple[
     elif as_tree:
         of = {id(one): marked for one, marked in found}
         drawn = list(tree.order([one for one, _ in found]))
-        output.write(describe.overview([(one, of[id(one)]) for _, one in drawn], [lead for lead, _ in drawn]))
+        heirs = _heirs(ours, [one for one, _ in found])
+        output.write(describe.overview([(one, of[id(one)]) for _, one in drawn], [lead for lead, _ in drawn], heirs))
     else:
         output.write(describe.overview(found))
     if damaged:
         raise errors.CorruptError(f"damaged: {damaged[0]} ({len(damaged)} in all); see `blkckpt verify`")
+
+
+def _heirs(ours: session.Session, found: list[manifest.Manifest]) -> dict[str, list[str]]:
+    """The VMs that go on from each checkpoint and have none of their own since, which would be drawn below it."""
+    heirs: dict[str, list[str]] = {}
+    for name in ours.home.vm_names():
+        line = lineage.read(ours.home.vm(name))
+        if line.checkpoint and not any(one.vm == name and one.created_ns >= line.since_ns for one in found):
+            heirs.setdefault(line.checkpoint, []).append(name)
+    return heirs
 
 
 def _read(ours: session.Session, name: str | None) -> tuple[list[tuple[manifest.Manifest, labels.Labels]], list[str]]:

@@ -13,7 +13,7 @@ from blkckpt import errors, units
 from blkckpt.agent import forget
 from blkckpt.cli import names, output, session, verb
 from blkckpt.disk import api, group
-from blkckpt.vm import definition
+from blkckpt.vm import definition, lineage
 
 
 @click.group()
@@ -27,7 +27,7 @@ def command() -> None:
         "blkckpt vm create web --disk /srv/web.raw",
         "blkckpt vm create db --disk root=/srv/db-root.raw --disk data=/dev/vg0/db:100G",
     ),
-    keys="name, id, created, store, running, disks: [{name, path, size, restored_from}]",
+    keys="name, id, created, store, running, from (VM@CKPT or null), disks: [{name, path, size, restored_from}]",
 )
 @verb.vm_argument
 @click.option(
@@ -61,7 +61,7 @@ def create(ours: session.Session, name: str, disks: tuple[str, ...], store: Path
     "list",
     cls=verb.Verb,
     examples=("blkckpt vm list", "blkckpt vm list --json | jq -r '.vms[].name'"),
-    keys="vms: [{name, id, created, store, running, disks: [{name, path, size, restored_from}]}]",
+    keys="vms: [{name, id, created, store, running, from (VM@CKPT or null), disks: [{name, path, size, restored_from}]}]",
 )
 @verb.json_option
 @click.pass_obj
@@ -89,15 +89,23 @@ def _read(ours: session.Session) -> tuple[list[definition.VmDefinition], list[st
 
 def _overview(ours: session.Session, found: Sequence[definition.VmDefinition]) -> str:
     rows = [
-        (one.name, _running(ours, one), len(one.disks), _total(one), output.local_time(one.created_ns)) for one in found
+        (
+            one.name,
+            _running(ours, one),
+            len(one.disks),
+            _total(one),
+            output.local_time(one.created_ns),
+            _origin(ours, one) or "-",
+        )
+        for one in found
     ]
-    return output.table(("VM", "STATE", "DISKS", "SIZE", "CREATED"), rows, right=("DISKS", "SIZE"))
+    return output.table(("VM", "STATE", "DISKS", "SIZE", "CREATED", "FROM"), rows, right=("DISKS", "SIZE"))
 
 
 @command.command(
     cls=verb.Verb,
     examples=("blkckpt vm show web", "blkckpt vm show web --json | jq -r '.disks[].path'"),
-    keys="name, id, created, store, running, disks: [{name, path, size, restored_from}]",
+    keys="name, id, created, store, running, from (VM@CKPT or null), disks: [{name, path, size, restored_from}]",
 )
 @verb.vm_argument
 @verb.json_option
@@ -140,6 +148,8 @@ def _print(ours: session.Session, one: definition.VmDefinition, as_json: bool) -
         output.write_json(_keys(ours, one))
         return
     head = {"vm": one.name, "id": one.id, "created": output.local_time(one.created_ns), "state": _running(ours, one)}
+    if origin := _origin(ours, one):
+        head["from"] = origin
     rows = [(disk.name, units.format_size(disk.size), disk.path) for disk in one.disks]
     output.write(f"{output.fields(head)}\n\n{output.table(('DISK', 'SIZE', 'PATH'), rows, right=('SIZE',))}")
 
@@ -160,8 +170,14 @@ def _keys(ours: session.Session, one: definition.VmDefinition) -> dict[str, Any]
         "created": output.timestamp(one.created_ns),
         "store": one.store or str(ours.home.store),
         "running": ours.is_running(ours.home.vm(one.name)),
+        "from": _origin(ours, one) or None,
         "disks": disks,
     }
+
+
+def _origin(ours: session.Session, one: definition.VmDefinition) -> str:
+    """The checkpoint that it was restored, forked or reverted from; empty if it never was."""
+    return lineage.read(ours.home.vm(one.name)).checkpoint
 
 
 def _running(ours: session.Session, one: definition.VmDefinition) -> str:

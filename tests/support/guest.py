@@ -161,6 +161,16 @@ class Console:
         assert int(found[1]) + int(found[2]) > 0, "the sweep looked at nothing"
         return int(found[3])
 
+    def file(self, path: str, text: str | None = None, timeout: float = 20.0) -> str:
+        """The first line of a file in the guest; with *text*, which has no spaces, that is written to it instead."""
+        start = len(self.lines)
+        self.send(f"read {path}" if text is None else f"put {path} {text}")
+        line = self.wait(lambda line: line.startswith(f"file {path} ") and line, timeout, start=start, what=path)
+        found = str(line).removeprefix(f"file {path} ")
+        if found.startswith("FAILED"):
+            raise GuestError(f"{path}: {found}")
+        return found
+
     def complaints(self) -> list[str]:
         """Every line that says something is wrong."""
         bad = ("MISMATCH", "IOERROR", "FATAL")

@@ -27,7 +27,9 @@
  *
  *   peer received=N acknowledged=N              mode=peer, with each heartbeat
  *
- * Lines understood: "sweep I", "rate N", "dirty N", "pause", "go", "quit" (power off).
+ *   file PATH TEXT                              answer to "read PATH": its first line
+ *
+ * Lines understood: "sweep I", "rate N", "dirty N", "pause", "go", "quit" (power off), "read PATH", "put PATH TEXT".
  *
  * Sector contents (512 bytes, little endian u64 words): 0 magic, 1 sector number, 2 sequence, 3 token, 4..62 a
  * splitmix64 stream seeded by words 1 to 3, 63 the sum of words 0 to 62.  Sequence 0 stands for a sector of zeros.
@@ -529,9 +531,23 @@ static void *beat(void *unused)
     return NULL;
 }
 
+/* "read PATH" and "put PATH TEXT", for what the kernel shows and takes in /sys. */
+static void file_command(const char *path, const char *text)
+{
+    char content[128] = "";
+    int file = open(path, (text ? O_WRONLY : O_RDONLY) | O_CLOEXEC);
+    if (file < 0 || (text ? write(file, text, strlen(text)) : read(file, content, sizeof content - 1)) < 0)
+        say("file %s FAILED %s", path, strerror(errno));
+    else
+        say("file %s %.*s", path, (int)strcspn(text ? "written" : content, "\n"), text ? "written" : content);
+    if (file >= 0)
+        close(file);
+}
+
 static void obey(char *line, int sweepers)
 {
     unsigned long long number = 0;
+    char path[96], text[32];
     if (sscanf(line, "sweep %llu", &number) == 1) {
         if (atomic_load(&sweep_left))
             return;
@@ -548,6 +564,10 @@ static void obey(char *line, int sweepers)
         atomic_store(&paused, 0);
         if (peer_line > 0 && !atomic_load(&acknowledged))
             tell_peer('m', 1);
+    } else if (sscanf(line, "read %95s", path) == 1) {
+        file_command(path, NULL);
+    } else if (sscanf(line, "put %95s %31s", path, text) == 2) {
+        file_command(path, text);
     } else if (!strncmp(line, "quit", 4)) {
         atomic_store(&paused, 1);
         nap(300000); /* let what is in flight end; the disks go first */
