@@ -58,7 +58,7 @@ def wire_error(error: BaseException) -> int:
     return number if number in WIRE_ERRORS or number in TRANSLATED else errno.EIO
 
 
-FILL_AFTER = 3.0
+FILL_AFTER = 5.0
 """Seconds from the start until restored disks are filled: the guest, and others that start beside it, go first.  A fill
 begins with loading numpy (0.1 s of processor time), which is a fifth of what starting a machine costs."""
 

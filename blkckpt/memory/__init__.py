@@ -3,7 +3,7 @@
 A checkpoint's memory arrives as QEMU's background-snapshot stream: RAM pages first, the state of all devices after
 them.  This package reads that stream as fast as QEMU writes it, keeps the RAM as images and everything else verbatim,
 and writes streams that any QEMU of the same version loads.  It knows the RAM section's format and nothing of any
-device: device state is bytes.
+device: device state is bytes.  (Only ``nics`` knows network cards, to give a fork's addresses of its own.)
 
 Data flow::
 

@@ -8,12 +8,14 @@ id, supervisor, nbdkit and QEMU.
 All or none::
 
     reserve, disks, memory    of all, one after the other     a failure or Ctrl-C removes all that were made
-    start, resume             side by side, :func:`width` at  a failure or Ctrl-C stops all, and removes them
-                              a time
+    start, load               side by side, :func:`width` at  a failure or Ctrl-C stops all, and removes them
+                              a time; no guest runs yet
+    go on                     when all have loaded            likewise; some guests may have run for an instant
 
-so there are as many machines as were asked for, or none (rule R3 holds for a fork as a whole).  Killed in between
-(SIGKILL, power) it leaves ordinary VMs, listed, running or not, to be used or removed, and at most one directory with
-the mark of an unfinished restore.
+so there are as many machines as were asked for, or none (rule R3 holds for a fork as a whole), and what a guest would
+do to the world outside does not happen before all can.  Nor do the first take processor time from those that still
+start.  Killed in between (SIGKILL, power) it leaves ordinary VMs, listed, running or not, to be used or removed, and at
+most one directory with the mark of an unfinished restore.
 """
 
 from __future__ import annotations
@@ -145,7 +147,7 @@ def _start(made: Sequence[machine.Prepared], waiting: Mapping[str, supervisor.De
     def begin(one: machine.Prepared) -> Fork:
         if given_up.is_set():
             raise errors.StateError(f"VM {one.vm.name} is not started: another one failed")
-        return Fork(one, machine.start(one, _quiet, waiting[one.vm.name]))
+        return Fork(one, machine.start(one, _quiet, waiting[one.vm.name], paused=True))
 
     pool = concurrent.futures.ThreadPoolExecutor(width(len(made)), "fork")
     try:
@@ -154,7 +156,10 @@ def _start(made: Sequence[machine.Prepared], waiting: Mapping[str, supervisor.De
         for one in starting:
             if one.done():
                 one.result()
-        return [one.result() for one in starting]
+        ready = [one.result() for one in starting]
+        for fork_ in ready:
+            machine.go_on(fork_.prepared)
+        return ready
     except BaseException:
         given_up.set()
         for detached in waiting.values():

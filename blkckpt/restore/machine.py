@@ -210,12 +210,17 @@ def _names(prepared: Prepared) -> Collection[str]:
 # --- running it ---
 
 
-def start(prepared: Prepared, progress: Progress, background: supervisor.Detached | None = None) -> rundir.Running:
-    """Run it in the background, in *background* if it was started already; returns when the guest goes on."""
+def start(
+    prepared: Prepared, progress: Progress, background: supervisor.Detached | None = None, *, paused: bool = False
+) -> rundir.Running:
+    """Run it in the background, in *background* if it was started already; returns when the guest goes on.
+
+    *paused*: when it could; :func:`go_on` lets it.
+    """
     with background or supervisor.Detached() as detached:
         running = detached.start(prepared.vm, _machine(prepared))
     try:
-        resume(prepared, progress)
+        resume(prepared, progress, paused=paused)
     except BaseException:
         supervisor.stop(prepared.vm)
         raise
@@ -238,7 +243,14 @@ def _machine(prepared: Prepared) -> supervisor.Machine | None:
     return supervisor.Machine(argv(prepared, "defer", paused=True), complete=True)
 
 
-def resume(prepared: Prepared, progress: Progress) -> None:
+def go_on(prepared: Prepared) -> None:
+    """Let a guest that was started *paused* go on.  No effect for a checkpoint of disks only."""
+    if prepared.memory is not None:
+        with dialogue.Dialogue(prepared.vm.qmp_socket) as session:
+            session.execute("cont")
+
+
+def resume(prepared: Prepared, progress: Progress, *, paused: bool = False) -> None:
     """Give the started QEMU its memory and let the guest go on.  No effect for a checkpoint of disks only."""
     if prepared.memory is None:
         return
@@ -252,7 +264,8 @@ def resume(prepared: Prepared, progress: Progress) -> None:
         try:
             session.execute("migrate-incoming", {"uri": f"fd:{_FD_NAME}"})
             _wait_loaded(session)
-            session.execute("cont")
+            if not paused:
+                session.execute("cont")
         except errors.HypervisorError as error:
             feeder.check()  # if the stream could not be made, that is the reason
             raise errors.HypervisorError(f"{error}; what QEMU says is in {prepared.vm.log / 'qemu.log'}") from error

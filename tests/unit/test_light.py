@@ -29,7 +29,8 @@ def loaded(code: str, *, home: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("module", [
-    "agent.supervisor", "cli.fork", "cli.main", "cli.restore", "control.host", "restore.fork", "restore.fused", "restore.machine", "store.store",
+    "agent.supervisor", "cli.fork", "cli.main", "cli.restore", "control.host", "restore.fork", "restore.fused",
+    "restore.machine", "store.store",
     "view.records", "view.starting",
 ])  # fmt: skip
 def test_modules_on_the_way_to_a_guest(module: str, tmp_path: Path) -> None:

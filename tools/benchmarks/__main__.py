@@ -20,7 +20,7 @@ from benchmarks import chart, context, figures, machine
 MIN_WIDTH = 120
 """Of the table, also where the output is no terminal."""
 
-BENCHES = ("io", "scale", "checkpoint", "restore", "diff", "view", "store", "history")
+BENCHES = ("io", "scale", "checkpoint", "restore", "fork", "diff", "view", "store", "history")
 
 EPILOG = """\b
 Examples:
@@ -67,7 +67,7 @@ def _measure(names: list[str], directory: Path, quick: bool, console: Console) -
 def main(
     names: tuple[str, ...], quick: bool, json_path: Path | None, chart_path: Path | None, directory: Path, strict: bool
 ) -> None:
-    """Measure blkckpt beside its peers.  NAME is io, scale, checkpoint, restore, diff, view, store, history, or all."""
+    """Measure blkckpt beside its peers.  NAME is one of the benches, or all."""
     console = Console(stderr=True)
     signal.signal(signal.SIGTERM, _interrupted)
     chosen = list(BENCHES) if "all" in names else list(dict.fromkeys(names))
