@@ -27,9 +27,10 @@ RANKS: tuple[frozenset[str], ...] = (
         "disk.blockmap", "disk.format", "disk.fastpath", "control.messages", "control.wire", "store.layout",
         "store.manifest", "store.retention", "agent.plan", "agent.qemuargs", "memory.stream", "memory.skeleton",
         "vm.definition", "vm.unfinished", "vm.writeprotect", "vm.commandline",
-        "vm.barrier", "vm.lineage", "vm.network", "memory.nics",
+        "vm.barrier", "vm.lineage", "vm.network", "vm.screen",
+        "memory.nics",
     }),
-    frozenset({"view.source", "view.parsing", "view.jbd2"}),
+    frozenset({"view.source", "view.parsing", "view.jbd2", "vm.alone"}),
     frozenset({"view.partitions", "view.probe", "view.guestfs"}),
     frozenset({"view.parser", "view.volumes"}),
     frozenset({"view.walk"}),
@@ -38,7 +39,8 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({
         "disk.fileio", "disk.epoch", "disk.job", "control.server", "control.client", "control.quitter",
         "vm.qmp", "vm.guestagent", "vm.dialogue",
-        "store.packs", "store.pins", "store.labels", "store.readahead", "memory.image", "memory.generate",
+        "store.packs", "store.pins", "store.labels", "store.evidence", "store.readahead",
+        "memory.image", "memory.generate",
     }),
     frozenset({
         "disk.maps", "memory.assemble", "agent.rundir", "agent.guard", "agent.turn", "agent.consistency",
@@ -76,7 +78,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"daemon.host"}),
     frozenset({"control.host", "restore.disks", "restore.ram", "restore.fused", "restore.prefetch"}),
     frozenset({"restore.machine", "exchange.inward"}),
-    frozenset({"restore.revert", "restore.fork"}),
+    frozenset({"restore.revert", "restore.fork", "restore.boot"}),
     frozenset({"doctor"}),
     frozenset({"cli"}),
 )  # fmt: skip

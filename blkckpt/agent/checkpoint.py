@@ -29,9 +29,9 @@ from blkckpt import errors, paths
 from blkckpt.agent import consistency, guard, history, machine, options, plan, receiver, turn
 from blkckpt.control import client, messages
 from blkckpt.disk import barrier
-from blkckpt.store import manifest
+from blkckpt.store import evidence, manifest
 from blkckpt.store import store as stores
-from blkckpt.vm import guestagent, qmp
+from blkckpt.vm import guestagent, qmp, screen
 
 STALL_SECONDS = 300.0
 """Nothing moved for so long: a dead disk or store.  A copy at its rate limit moves all the time."""
@@ -98,6 +98,7 @@ class Checkpoint:
         self._copy: str | None = None
         self._copied: Mapping[str, Any] | None = None
         self._published: manifest.Manifest | None = None
+        self._screen: bytes | None = None
         self._publishing = False
         self._frozen = False
         self._parted = False
@@ -316,6 +317,16 @@ class Checkpoint:
     def _start_copy(self) -> None:
         self._begun["copy"] = time.monotonic()
         self._copy = self._control.copy(self._store.path.resolve(), self._parents, self._options.rate)
+        if self._options.screenshot and self._guest is not None:
+            self._take_screen(self._guest)
+
+    def _take_screen(self, guest: machine.Machine) -> None:
+        """After the switch and QEMU's resume: the stop is none the longer.  It is a checkpoint without one, too."""
+        with self._timed("screenshot"):
+            try:
+                self._screen = screen.take(guest.session.execute, self.vm.run)
+            except errors.BlkckptError as error:
+                self._notes.append(f"no screenshot: {error}")
 
     def _await_memory(self) -> None:
         self._pump(lambda: self._received is not None)
@@ -404,6 +415,8 @@ class Checkpoint:
         with self._timed("publish"):
             self._store.put_manifest(built, self._options.labels)
         self._published = built
+        if self._screen is not None:
+            self._store.add_evidence(built, png=self._screen, source=evidence.AT_CHECKPOINT)
 
     def _commit(self) -> None:
         with self._timed("commit"):

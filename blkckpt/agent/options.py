@@ -21,7 +21,7 @@ class CheckpointOptions:
     where it works, else explicit).  *keep_memory*: raw memory images of so many of the newest checkpoints are kept
     for lazy restore.  *rate*: bytes a second of the disk copy.  *qmp*: the QMP socket if it is not the VM's own.
     *notes*: sentences to keep in the manifest.  *wait*: seconds to wait for a checkpoint that has its turn.
-    *labels*: tags, and whether it is pinned.
+    *labels*: tags, and whether it is pinned.  *screenshot*: a picture of the guest's screen is kept with it.
     """
 
     name: str | None = None
@@ -34,3 +34,4 @@ class CheckpointOptions:
     notes: tuple[str, ...] = ()
     wait: float = 0.0
     labels: labels.Labels = labels.NONE
+    screenshot: bool = False

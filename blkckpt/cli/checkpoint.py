@@ -19,7 +19,7 @@ from blkckpt import errors, paths, units
 from blkckpt.agent import options as agent
 from blkckpt.agent import receiver, rundir
 from blkckpt.cli import describe, names, output, session, verb
-from blkckpt.store import labels, manifest
+from blkckpt.store import evidence, labels, manifest
 
 if TYPE_CHECKING:
     from blkckpt.store import store
@@ -64,6 +64,7 @@ KEPT = 2
     metavar="SOCKET",
     help="With --disk-only: freeze the guest's file systems for it, through the QEMU guest agent.",
 )
+@click.option("--screenshot", is_flag=True, help="Keep a picture of the guest's screen, taken just after it goes on.")
 @click.option("--qmp", type=click.Path(path_type=Path), metavar="SOCKET", help="QEMU's QMP socket, if not our own.")
 @click.option(
     "--keep-memory", type=click.IntRange(0), default=KEPT, show_default=True, metavar="N",
@@ -86,6 +87,7 @@ def command(
     pause: str,
     disk_only: bool,
     guest_agent: Path | None,
+    screenshot: bool,
     qmp: Path | None,
     keep_memory: int,
     rate: str | None,
@@ -110,6 +112,7 @@ def command(
         notes=notes,
         wait=wait,
         labels=labels.Labels(pinned=pinned).tag(tags),
+        screenshot=screenshot,
     )
     _check_choices(options, len(members))
     for vm, _ in members:
@@ -126,7 +129,10 @@ def command(
                 group = [(vm, wanted, place) for (vm, wanted), place in zip(members, places, strict=True)]
                 taken = runner.take_group(group, options, bars.update)
         added = [stored(place) - size for place, size in zip(places, before, strict=True)]
-        _report(taken, options.labels, added, as_json)
+        seen = [place.evidence(one) for place, one in zip(places, taken, strict=True)]
+        if screenshot and not as_json and not all(one.screen for one in seen):
+            click.echo("blkckpt: no screen: no picture was taken", err=True)
+        _report(taken, options.labels, seen, added, as_json)
 
 
 @contextlib.contextmanager
@@ -164,6 +170,8 @@ def _check_choices(options: agent.CheckpointOptions, count: int) -> None:
             "a checkpoint of several VMs stops all of them at once, through the QEMU that blkckpt runs: "
             "leave out --disk-only, --qmp and --pause barrier"
         )
+    if options.screenshot and options.disks_only:
+        raise errors.InputError("--screenshot needs the hypervisor; leave out --disk-only")
     if options.guest_agent and not options.disks_only:
         raise errors.InputError("--guest-agent goes with --disk-only: a checkpoint with memory needs no freezing")
     if options.rate is not None and options.rate < 1:
@@ -175,7 +183,13 @@ def stored(place: store.Store) -> int:
     return sum(size for _, size in place.packs.ids())
 
 
-def _report(taken: Sequence[manifest.Manifest], marked: labels.Labels, added: Sequence[int], as_json: bool) -> None:
+def _report(
+    taken: Sequence[manifest.Manifest],
+    marked: labels.Labels,
+    seen: Sequence[evidence.Evidence],
+    added: Sequence[int],
+    as_json: bool,
+) -> None:
     """What was taken.  Of several VMs in one store *added* is what all of them brought."""
     group = taken[0].group
     if not as_json:
@@ -184,7 +198,10 @@ def _report(taken: Sequence[manifest.Manifest], marked: labels.Labels, added: Se
         if group is not None:
             output.write(f"all of them stood still at one time, stopped within {units.format_duration(group.spread)}")
         return
-    figures = [{**describe.keys(one, marked), **_figures(one, size)} for one, size in zip(taken, added, strict=True)]
+    figures = [
+        {**describe.keys(one, marked, sight), **_figures(one, size)}
+        for one, sight, size in zip(taken, seen, added, strict=True)
+    ]
     if group is None:
         output.write_json(figures[0])
     else:

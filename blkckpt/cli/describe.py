@@ -8,10 +8,12 @@ from typing import Any
 
 from blkckpt import units
 from blkckpt.cli import output
-from blkckpt.store import labels, manifest
+from blkckpt.store import evidence, labels, manifest
 
 KEYS = (
     "vm, name, id, created, parent, consistency: machine|crash|filesystem, notes, tags, pinned, size, "
+    "boot: null or {alive, sign: agent|console|processors, seconds, when, message}, screenshot: null or {when, source, "
+    "size}, "
     "disks: [{name, size, image}], memory: null or {size, state_size, blocks: [{name, size, page_size, image}]}, "
     "machine: null or {type, accelerator, qemu_version, memory, command}, "
     "timings: {name: seconds}"
@@ -19,7 +21,9 @@ KEYS = (
 """The keys of one checkpoint, as its help lists them."""
 
 
-def keys(one: manifest.Manifest, marked: labels.Labels = labels.NONE) -> dict[str, Any]:
+def keys(
+    one: manifest.Manifest, marked: labels.Labels = labels.NONE, seen: evidence.Evidence = evidence.NONE
+) -> dict[str, Any]:
     """The JSON of *one* (rule C1) with its labels; its notes are those it was taken with, then those made since."""
     return {
         "vm": one.vm,
@@ -32,6 +36,7 @@ def keys(one: manifest.Manifest, marked: labels.Labels = labels.NONE) -> dict[st
         "tags": list(marked.tags),
         "pinned": marked.pinned,
         "size": size(one),
+        **sights(seen),
         "disks": [{"name": disk.name, "size": disk.size, "image": disk.image} for disk in one.disks],
         "memory": None if one.memory is None else _memory(one.memory),
         "machine": None if one.machine is None else _machine(one.machine),
@@ -39,7 +44,28 @@ def keys(one: manifest.Manifest, marked: labels.Labels = labels.NONE) -> dict[st
     }
 
 
-def text(one: manifest.Manifest, marked: labels.Labels = labels.NONE) -> str:
+def sights(seen: evidence.Evidence) -> dict[str, Any]:
+    """The JSON of what was seen of its guest."""
+    boot, screen = seen.boot, seen.screen
+    return {
+        "boot": boot and {
+            "alive": boot.alive, "sign": boot.sign or None, "seconds": boot.seconds,
+            "when": output.timestamp(boot.when_ns), "message": boot.message or None,
+        },
+        "screenshot": screen and {
+            "when": output.timestamp(screen.when_ns), "source": screen.source, "size": screen.size,
+        },
+    }  # fmt: skip
+
+
+def lives(boot: evidence.Boot) -> str:
+    """One sentence."""
+    if not boot.alive:
+        return f"no: {boot.message}"
+    return f"yes ({boot.sign}), {units.format_duration(boot.seconds)} after the start"
+
+
+def text(one: manifest.Manifest, marked: labels.Labels = labels.NONE, seen: evidence.Evidence = evidence.NONE) -> str:
     """The same for people."""
     head = {
         "checkpoint": f"{one.vm}@{one.name}",
@@ -55,6 +81,10 @@ def text(one: manifest.Manifest, marked: labels.Labels = labels.NONE) -> str:
         head["tags"] = ", ".join(marked.tags)
     if marked.pinned:
         head["pinned"] = "rm and prune leave it"
+    if seen.boot:
+        head["lives"] = f"{lives(seen.boot)}; tried {output.local_time(seen.boot.when_ns)}"
+    if seen.screen:
+        head["screenshot"] = f"of the {seen.screen.source}, {output.local_time(seen.screen.when_ns)}"
     notes = (*one.notes, *marked.notes)
     head |= {"note" if number == 0 else f"note {number + 1}": note for number, note in enumerate(notes)}
     rows = [("disk", disk.name, units.format_size(disk.size), disk.image) for disk in one.disks]
@@ -73,21 +103,21 @@ def timings(one: manifest.Manifest) -> str:
 
 
 def overview(
-    found: Sequence[tuple[manifest.Manifest, labels.Labels]],
+    found: Sequence[tuple[manifest.Manifest, labels.Labels, evidence.Evidence]],
     leads: Sequence[str] | None = None,
     heirs: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
     """One row a checkpoint; *leads* is what to draw before each name, *heirs* the VMs that go on from it."""
     rows = []
-    for lead, (one, marked) in zip(leads or [""] * len(found), found, strict=True):
-        rows.append(_row(lead, one, marked))
+    for lead, (one, marked, seen) in zip(leads or [""] * len(found), found, strict=True):
+        rows.append(_row(lead, one, marked, seen))
         aside = "".join("│" if letter in "│├" else " " for letter in lead[:-2])
-        rows += [(f"{aside}│   VM {name}", *[""] * 8) for name in (heirs or {}).get(f"{one.vm}@{one.name}", ())]
-    headers = ("CHECKPOINT", "TAKEN", "KIND", "DISKS", "MEMORY", "AFTER", "PINNED", "TAGS", "NOTE")
+        rows += [(f"{aside}│   VM {name}", *[""] * 9) for name in (heirs or {}).get(f"{one.vm}@{one.name}", ())]
+    headers = ("CHECKPOINT", "TAKEN", "KIND", "DISKS", "MEMORY", "AFTER", "PINNED", "LIVES", "TAGS", "NOTE")
     return output.table(headers, rows, ("DISKS", "MEMORY"))
 
 
-def _row(lead: str, one: manifest.Manifest, marked: labels.Labels) -> tuple[str, ...]:
+def _row(lead: str, one: manifest.Manifest, marked: labels.Labels, seen: evidence.Evidence) -> tuple[str, ...]:
     return (
         f"{lead}{one.vm}@{one.name}",
         output.local_time(one.created_ns),
@@ -96,6 +126,7 @@ def _row(lead: str, one: manifest.Manifest, marked: labels.Labels) -> tuple[str,
         units.format_size(_ram(one.memory)) if one.memory else "-",
         one.parent or "-",
         "yes" if marked.pinned else "-",
+        "-" if seen.boot is None else "yes" if seen.boot.alive else "no",
         ",".join(marked.tags) or "-",
         next(iter((*one.notes, *marked.notes)), ""),
     )

@@ -6,7 +6,7 @@ import click
 
 from blkckpt import errors, units
 from blkckpt.cli import describe, names, output, session, tree, verb
-from blkckpt.store import labels, manifest, store
+from blkckpt.store import evidence, labels, manifest, store
 from blkckpt.vm import lineage
 
 
@@ -36,14 +36,14 @@ def command(ours: session.Session, name: str | None, as_tree: bool, tags: tuple[
     if name is not None and not found and not damaged:
         ours.vm(name)
     if wanted:
-        found = [(one, marked) for one, marked in found if any(some.issubset(marked.tags) for some in wanted)]
+        found = [one for one in found if any(some.issubset(one[1].tags) for some in wanted)]
     if as_json:
-        output.write_json({"checkpoints": [describe.keys(one, marked) for one, marked in found]})
+        output.write_json({"checkpoints": [describe.keys(*one) for one in found]})
     elif as_tree:
-        of = {id(one): marked for one, marked in found}
-        drawn = list(tree.order([one for one, _ in found]))
-        heirs = _heirs(ours, [one for one, _ in found])
-        output.write(describe.overview([(one, of[id(one)]) for _, one in drawn], [lead for lead, _ in drawn], heirs))
+        of = {id(one[0]): one for one in found}
+        drawn = list(tree.order([one[0] for one in found]))
+        heirs = _heirs(ours, [one[0] for one in found])
+        output.write(describe.overview([of[id(one)] for _, one in drawn], [lead for lead, _ in drawn], heirs))
     else:
         output.write(describe.overview(found))
     if damaged:
@@ -60,20 +60,23 @@ def _heirs(ours: session.Session, found: list[manifest.Manifest]) -> dict[str, l
     return heirs
 
 
-def _read(ours: session.Session, name: str | None) -> tuple[list[tuple[manifest.Manifest, labels.Labels]], list[str]]:
+_Row = tuple[manifest.Manifest, labels.Labels, evidence.Evidence]
+
+
+def _read(ours: session.Session, name: str | None) -> tuple[list[_Row], list[str]]:
     """What can be read, the oldest first, and what is wrong with the rest."""
-    found: list[tuple[manifest.Manifest, labels.Labels]] = []
+    found: list[_Row] = []
     damaged: list[str] = []
     for place in ours.stores(name):
         for vm, checkpoint in place.names(name):
             try:
                 one = place.manifest(vm, checkpoint)
-                found.append((one, _labels(place, one, damaged)))
+                found.append((one, _labels(place, one, damaged), place.evidence(one)))
             except errors.CorruptError as error:
                 damaged.append(str(error))
             except errors.NotFoundError:
                 continue  # removed meanwhile
-    return sorted(found, key=lambda pair: pair[0].created_ns), damaged
+    return sorted(found, key=lambda row: row[0].created_ns), damaged
 
 
 def _labels(place: store.Store, one: manifest.Manifest, damaged: list[str]) -> labels.Labels:

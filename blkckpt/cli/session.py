@@ -14,7 +14,7 @@ from blkckpt.cli import names, progress
 from blkckpt.vm import definition
 
 if TYPE_CHECKING:
-    from blkckpt.store import labels, manifest, store
+    from blkckpt.store import evidence, labels, manifest, store
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,11 @@ class Found:
     def labels(self) -> labels.Labels:
         """Its tags, notes and pin, as they are now."""
         return self.store.labels(self.manifest)
+
+    @property
+    def evidence(self) -> evidence.Evidence:
+        """What was seen of its guest."""
+        return self.store.evidence(self.manifest)
 
 
 @dataclass(frozen=True, slots=True)

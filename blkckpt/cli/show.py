@@ -22,6 +22,6 @@ def command(ours: session.Session, target: names.Target, as_json: bool) -> None:
     """Show one checkpoint: its images, how the guest was started, how long each step took."""
     found = ours.checkpoint(target)
     if as_json:
-        output.write_json(describe.keys(found.manifest, found.labels))
+        output.write_json(describe.keys(found.manifest, found.labels, found.evidence))
     else:
-        output.write(describe.text(found.manifest, found.labels))
+        output.write(describe.text(found.manifest, found.labels, found.evidence))

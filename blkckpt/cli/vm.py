@@ -27,7 +27,7 @@ def command() -> None:
         "blkckpt vm create web --disk /srv/web.raw",
         "blkckpt vm create db --disk root=/srv/db-root.raw --disk data=/dev/vg0/db:100G",
     ),
-    keys="name, id, created, store, running, from (VM@CKPT or null), disks: [{name, path, size, restored_from}]",
+    keys="name, id, created, store, running, from: VM@CKPT or null, disks: [{name, path, size, restored_from}]",
 )
 @verb.vm_argument
 @click.option(
@@ -61,7 +61,7 @@ def create(ours: session.Session, name: str, disks: tuple[str, ...], store: Path
     "list",
     cls=verb.Verb,
     examples=("blkckpt vm list", "blkckpt vm list --json | jq -r '.vms[].name'"),
-    keys="vms: [{name, id, created, store, running, from (VM@CKPT or null), disks: [{name, path, size, restored_from}]}]",
+    keys="vms: [{name, id, created, store, running, from (or null), disks: [{name, path, size, restored_from}]}]",
 )
 @verb.json_option
 @click.pass_obj
@@ -105,7 +105,7 @@ def _overview(ours: session.Session, found: Sequence[definition.VmDefinition]) -
 @command.command(
     cls=verb.Verb,
     examples=("blkckpt vm show web", "blkckpt vm show web --json | jq -r '.disks[].path'"),
-    keys="name, id, created, store, running, from (VM@CKPT or null), disks: [{name, path, size, restored_from}]",
+    keys="name, id, created, store, running, from: VM@CKPT or null, disks: [{name, path, size, restored_from}]",
 )
 @verb.vm_argument
 @verb.json_option

@@ -4,8 +4,8 @@ A card gets its address from QEMU's command line when it is *made* and when it i
 saved one over it.  Which bytes decide what a guest sees differs from card to card:
 
 ===================  ===============================================================================================
-virtio-net           the running device's ``mac`` (what the configuration space shows and frames are filtered by); a reset
-                     takes the command line's.  Linux reads it when its driver is bound, after a reset
+virtio-net           the running device's ``mac``, which the configuration space shows and frames are filtered by; a
+                     reset takes the command line's.  Linux reads it when its driver is bound, after a reset
 e1000, e1000e, igb   the EEPROM, which drivers read when they are bound and no reset changes; of e1000e and igb
                      also ``permanent_mac``, which a reset puts into the filter, and the PCI serial number, which is
                      made of the address: QEMU refuses a state whose number is not that of its command line

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blkckpt import errors
-from blkckpt.store import backend, index, labels, layout, lock, manifest, marks, packs, repack
+from blkckpt.store import backend, evidence, index, labels, layout, lock, manifest, marks, packs, repack
 
 PATIENCE = 60.0
 """Seconds to wait for writers after a round of repacking: what it has emptied is to go."""
@@ -124,6 +124,8 @@ class _Collection:
                 self._store.delete(pack)
             for key in list(_dead_labels(where)):
                 where.delete(key)
+            for vm, name in list(_dead_evidence(where)):
+                evidence.remove(where, vm, name)
         temporaries, temporary_bytes = where.sweep(dry_run=dry)
         self._images += len(dead_images)
         self._packs += len(set(dead) - self._victims)
@@ -169,17 +171,34 @@ class _Collection:
         )
 
 
+def _owner(where: backend.Backend, vm: str, name: str) -> str | None:
+    """The id of the checkpoint of that name; None if there is none."""
+    key = f"manifests/{vm}/{name}.json"
+    try:
+        return manifest.decode(where.get(key, 0, where.size(key)), f"manifest of {vm}@{name}").id
+    except errors.NotFoundError:
+        return None
+
+
 def _dead_labels(where: backend.Backend) -> list[str]:
     """The labels of checkpoints that are gone, or whose name another has now; those that cannot be read stay."""
     found = []
     for vm, name in marks.manifest_names(where, kind="labels"):
         key = f"labels/{vm}/{name}.json"
         with contextlib.suppress(errors.CorruptError, errors.InputError):
-            try:
-                m = f"manifests/{vm}/{name}.json"
-                owner: str | None = manifest.decode(where.get(m, 0, where.size(m)), f"manifest of {vm}@{name}").id
-            except errors.NotFoundError:
-                owner = None
+            owner = _owner(where, vm, name)
             if labels.decode(where.get(key, 0, where.size(key)), key)[1] != owner:
                 found.append(key)
+    return found
+
+
+def _dead_evidence(where: backend.Backend) -> list[tuple[str, str]]:
+    """Of checkpoints that are gone, or whose name another has now; pictures without their description too."""
+    found = []
+    names = {key.rpartition(".")[0] for key, _ in where.list("evidence") if key.count("/") == 2}
+    for vm, name in sorted((key.split("/")[1], key.split("/")[2]) for key in names):
+        with contextlib.suppress(errors.CorruptError, errors.InputError):
+            owner = _owner(where, vm, name)
+            if owner is None or evidence.load(where, vm, name, owner) == evidence.NONE:
+                found.append((vm, name))
     return found

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from blkckpt import durable, errors, lazy, paths, units
 from blkckpt.store import backend, codec, collect, images, index, layout, lock, marks, packs, pins
+from blkckpt.store import evidence as evidence_format
 from blkckpt.store import labels as label_format
 from blkckpt.store import manifest as manifest_format
 
@@ -22,7 +23,8 @@ else:
     writer = lazy.Module("blkckpt.store.writer")
 
 _OURS = {
-    "store.json", "lock", "labels.lock", "gc.lock", "packs", "images", "manifests", "labels", "pins", "tmp", "index",
+    "store.json", "lock", "labels.lock", "gc.lock", "packs", "images", "manifests", "labels", "evidence", "pins", "tmp",
+    "index",
 }  # fmt: skip
 
 
@@ -214,6 +216,39 @@ class Store:
                 self.check_unpinned(vm, name)
             self._backend.delete(key)
             self._backend.delete(label_format.key(vm, name))
+            evidence_format.remove(self._backend, vm, name)
+
+    # --- evidence
+
+    def evidence(self, m: manifest_format.Manifest) -> evidence_format.Evidence:
+        """What was seen of checkpoint *m*; nothing where that cannot be read."""
+        return evidence_format.load(self._backend, m.vm, m.name, m.id)
+
+    def picture(self, m: manifest_format.Manifest) -> bytes | None:
+        """The PNG of *m*'s screen, if one was taken and is whole."""
+        screen = self.evidence(m).screen
+        try:
+            return evidence_format.picture(self._backend, m.vm, m.name, screen) if screen else None
+        except (errors.NotFoundError, errors.CorruptError):
+            return None
+
+    def add_evidence(
+        self,
+        m: manifest_format.Manifest,
+        *,
+        boot: evidence_format.Boot | None = None,
+        png: bytes | None = None,
+        source: str,
+    ) -> evidence_format.Evidence:
+        """Keep what was seen, durably; StateError if the checkpoint is gone, or its name is another's now."""
+        with self._labels_lock():
+            try:
+                there = self.manifest(m.vm, m.name).id == m.id
+            except errors.NotFoundError:
+                there = False
+            if not there:
+                raise errors.StateError(f"{m.vm}@{m.name} was removed meanwhile; what was seen of it is not kept")
+            return evidence_format.add(self._backend, m, boot, png, source, time.time_ns())
 
     # --- labels
 

@@ -83,24 +83,34 @@ class File:
 
 
 class Folder:
-    """A directory with few entries, each made when it is first asked for (and again if that failed)."""
+    """A directory with few entries, each made when it is first asked for (and again if that failed).
 
-    __slots__ = ("_made", "changed_ns", "entries")
+    *more* gives entries that come and go; they are asked for each time.
+    """
 
-    def __init__(self, changed_ns: int, entries: Mapping[str, Callable[[], Node]]) -> None:
-        self.changed_ns, self.entries = changed_ns, entries
+    __slots__ = ("_made", "changed_ns", "entries", "more")
+
+    def __init__(
+        self,
+        changed_ns: int,
+        entries: Mapping[str, Callable[[], Node]],
+        more: Callable[[], Mapping[str, Callable[[], Node]]] = dict,
+    ) -> None:
+        self.changed_ns, self.entries, self.more = changed_ns, entries, more
         self._made: dict[str, Node] = {}
 
     def attributes(self) -> Attributes:
         return Attributes(stat.S_IFDIR | 0o500, 0, 0, self.changed_ns)
 
     def names(self) -> Iterable[str]:
-        return self.entries
+        return [*self.entries, *self.more()]
 
     def child(self, name: str) -> Node:
         made = self._made.get(name)
         if made is None:
             if name not in self.entries:
+                if found := self.more().get(name):
+                    return found()
                 raise errors.NotFoundError(name)
             made = self._made[name] = self.entries[name]()
         return made

@@ -4,6 +4,7 @@
 
     VM/CHECKPOINT/manifest.json          the store's own file
                   timings.json           its seconds by name
+                  screenshot.png         the guest's screen, if a picture was taken
                   disks/NAME.img         raw, sparse
                   disks/NAME.partitions/N.img …
                   disks/NAME.files/…     the guest's files (blkckpt.view.guest)
@@ -32,7 +33,7 @@ import json
 import re
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from blkckpt import errors, log
 from blkckpt.memory import image
@@ -198,7 +199,24 @@ def checkpoint_folder(books: library.Library, guests: guest.Guests, found: libra
         entries["memory"] = lambda: _memory(books, found, memory)
         entries["device-state.bin"] = lambda: _device_state(books, found, memory)
         entries["device-state.json"] = lambda: _decoded_state(books, found, memory)
-    return nodes.Folder(found.manifest.created_ns, entries)
+    return nodes.Folder(found.manifest.created_ns, entries, lambda: _screenshot(found))
+
+
+def _screenshot(found: library.Checkpoint) -> Mapping[str, Callable[[], nodes.Node]]:
+    """The picture that there is now: one may be taken when the directory has been looked at already."""
+    screen = found.store.evidence(found.manifest).screen
+    if screen is None:
+        return {}
+
+    def opened() -> content.Content:
+        data = found.store.picture(found.manifest)
+        if data is None:
+            raise errors.CorruptError(f"the picture of {found.manifest.vm}@{found.manifest.name} is not whole")
+        return content.Bytes(data)
+
+    identity = f"{found.manifest.id}/screenshot/{screen.sha256}"
+    node = nodes.File(identity, screen.size, screen.when_ns, opened, lambda: screen.size, volatile=True)
+    return {"screenshot.png": lambda: node}
 
 
 def _timings(one: manifest.Manifest) -> bytes:

@@ -54,6 +54,10 @@ class GuestAgent:
     def close(self) -> None:
         self._socket.close()
 
+    def ping(self, timeout: float = SYNC_TIMEOUT) -> None:
+        """Raises unless the agent answers within *timeout* seconds."""
+        self._sync(timeout)
+
     def freeze(self) -> int:
         """Freeze the guest's file systems; returns how many.  Thaw even when this fails."""
         count = self._execute("guest-fsfreeze-freeze", FREEZE_TIMEOUT)
@@ -83,11 +87,11 @@ class GuestAgent:
             raise errors.ProtocolError(f"the guest agent's answer to {command} is none")
         return answer["return"]
 
-    def _sync(self) -> None:
+    def _sync(self, timeout: float = SYNC_TIMEOUT) -> None:
         number = secrets.randbits(31)
         request = {"execute": "guest-sync-delimited", "arguments": {"id": number}}
         self._send(b"\xff" + json.dumps(request).encode() + b"\n")
-        deadline = time.monotonic() + SYNC_TIMEOUT
+        deadline = time.monotonic() + timeout
         while True:
             self._until(b"\xff", deadline, "guest-sync-delimited")
             with contextlib.suppress(errors.ProtocolError):

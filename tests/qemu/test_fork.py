@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import time
@@ -101,15 +100,26 @@ def test_addresses(box: guest.Sandbox, forks: tuple[Any, list[guest.Console]]) -
         assert (found["main-mac"], found["unicast"]) == (address, "normal")
 
 
+def test_one_without_a_screen_lives(box: guest.Sandbox, token: str) -> None:
+    found = box.json("verify", "--boot", "v@c")
+    assert found["boot"]["alive"]
+    assert found["screenshot"] is None
+    box.serial.drop_pending()
+
+
+def vms(box: guest.Sandbox) -> list[str]:
+    return sorted(path.name for path in (box.home / "vms").iterdir())
+
+
 def test_all_or_none(box: guest.Sandbox, token: str) -> None:
     """A name that is taken, QEMU that refuses, and Ctrl-C: no machine, no process is left."""
-    before, processes = sorted(os.listdir(box.home / "vms")), set(box.processes())
+    before, processes = vms(box), set(box.processes())
     (box.home / "vms/taken-2").mkdir(mode=0o700)
     (box.home / "vms/taken-2/vm.json").write_text("{}")
     assert "taken-2 exists already" in box.run("fork", "v@c", "-n", "2", "--as", "taken", code=5)
     shutil.rmtree(box.home / "vms/taken-2")
     box.run("fork", "v@c", "-n", "2", "--as", "bad", "--", "-device", "no-such-device", code=7)
-    assert sorted(os.listdir(box.home / "vms")) == before
+    assert vms(box) == before
     child = box.start("fork", "v@c", "-n", "3", "--as", "cut")
     deadline = time.monotonic() + 60
     while not (box.home / "vms/cut-3/vm.json").exists():
@@ -119,7 +129,7 @@ def test_all_or_none(box: guest.Sandbox, token: str) -> None:
     child.send_signal(signal.SIGINT)
     _, complaint = child.communicate(timeout=60)
     assert child.returncode == 130, complaint
-    assert sorted(os.listdir(box.home / "vms")) == before
+    assert vms(box) == before
     assert set(box.processes()) <= processes
     box.serial.drop_pending()
 

@@ -1,8 +1,8 @@
 """Eight machines from one checkpoint beside one: how long until all go on, and what memory an idle one adds.
 
 An idle guest with 1 GiB, of which 128 MiB are random data, its checkpoint's memory image in the page cache (as after
-the checkpoint, or after the first fork).  A sample is ``blkckpt fork -n N`` from the command to its end, when every guest
-goes on; one and eight take turns.
+the checkpoint, or after the first fork).  A sample is ``blkckpt fork -n N`` from the command to its end, when every
+guest goes on; one and eight take turns.
 
 Memory is Pss of QEMU, the disk server and the supervisor of each fork, added up, when eight have been idle for a while:
 private pages, and of what they share with each other (the image, programs, libraries) each its part.  So the sum over
