@@ -20,6 +20,7 @@ lazy      the default.  QEMU maps a raw image of the memory privately and gets a
 eager     every page goes through the stream; the machine that results is like the original in every respect.
 print     the disks and the memory are prepared and the command line is printed for a person to run.
 revert    the same VM, its own disks: what differs is written back (:mod:`blkckpt.restore.revert`).
+boot      for a look only: apart from everything, and taken away again (:mod:`blkckpt.restore.boot`).
 fork      many at once, lazily, sharing one image (:mod:`blkckpt.restore.fork`).
 ========  ============================================================================================================
 

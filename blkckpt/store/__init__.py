@@ -11,6 +11,7 @@ What it is
     store.json                     what kind of store this is                        (layout)
     manifests/VM/NAME.json         a checkpoint                                      (manifest)
     labels/VM/NAME.json            its tags, notes and pin, which may change         (labels)
+    evidence/VM/NAME.json, .png    whether it lives when resumed, its guest's screen (evidence)
     pins/OWNER.json                images in use without a manifest                  (pins)
     images/xx/ID.image             an image: header and directory of leaves          (layout)
     packs/xx/ID.pack               chunks and leaves, an index, a trailer            (layout, packs)

@@ -124,8 +124,9 @@ class _Collection:
                 self._store.delete(pack)
             for key in list(_dead_labels(where)):
                 where.delete(key)
-            for vm, name in list(_dead_evidence(where)):
-                evidence.remove(where, vm, name)
+            with lock.exclusive(self._lock_path.with_name("labels.lock"), reason="labels are being changed"):
+                for vm, name in _dead_evidence(where):  # not what is half written
+                    evidence.remove(where, vm, name)
         temporaries, temporary_bytes = where.sweep(dry_run=dry)
         self._images += len(dead_images)
         self._packs += len(set(dead) - self._victims)

@@ -8,6 +8,8 @@ This package is the only place that knows QMP.
 ``barrier``         has the guest been resumed yet? asked of the socket's receive queue by peeking
 ``qemuopts``        QEMU's command line as options, and the two syntaxes of their values
 ``commandline``     the recorded command line rewritten for a copy of the guest
+``alone``           the same for a machine that touches nothing outside
+``screen``          a picture of the guest's screen
 ``network``         its network cards: other addresses, networks that lead nowhere
 ``guestagent``      freezing and thawing the guest's file systems
 ``unfinished``      the mark of a VM that must not be served
