@@ -118,7 +118,7 @@ class Detached:
     """
 
     def __init__(self) -> None:
-        self._ordered = False
+        self._ordered = self._reaped = False
         self._expected: paths.VmPaths | None = None
         receiver, sender = os.pipe2(os.O_CLOEXEC)
         orders, self._orders = os.pipe2(os.O_CLOEXEC)
@@ -167,12 +167,11 @@ class Detached:
 
     def abandon(self) -> None:
         """End what :meth:`start` has begun, wherever it is: in order.  For a caller that gives up, from any thread."""
-        if not self._ordered:
-            return  # leaving the context does it
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGTERM)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self._pid, 0)
+        if not self._ordered or self._reaped:
+            return  # leaving the context does it, or it has been done: the pid may be another's now
+        self._reaped = True
+        os.kill(self._pid, signal.SIGTERM)
+        os.waitpid(self._pid, 0)
 
 
 def find(vm: paths.VmPaths) -> rundir.Running | None:

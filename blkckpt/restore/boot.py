@@ -78,7 +78,7 @@ def boot(
     def outcome(sign: str, message: str, png: bytes | None) -> Outcome:
         return Outcome(evidence.Boot(not message, sign, time.monotonic() - began, when, message), png)
 
-    with _taken_away(vm), supervisor.Detached() as background:
+    with supervisor.Detached() as background, _taken_away(vm, background):
         try:
             prepared = machine.restore(home, store, chosen, vm.name, progress=progress)
             machine.start(prepared, progress, background, paused=True)
@@ -88,12 +88,12 @@ def boot(
 
 
 @contextlib.contextmanager
-def _taken_away(vm: paths.VmPaths) -> Iterator[None]:
+def _taken_away(vm: paths.VmPaths, background: supervisor.Detached) -> Iterator[None]:
     try:
         yield
     finally:
+        background.abandon()  # wherever it is: also when it has not said yet that it runs
         with contextlib.suppress(errors.NotFoundError):
-            supervisor.stop(vm)
             forget.forget(vm)
         disks.remove(vm)
 

@@ -176,7 +176,6 @@ def _quiet(_stage: str, _done: int, _total: int | None) -> None:
 def _undo(vm: paths.VmPaths) -> None:
     """As if it had never been; what cannot be removed is said, and hinders nobody else."""
     try:
-        supervisor.stop(vm)
         forget.forget(vm)
     except errors.BlkckptError as error:
         _log.warning("a fork is left", extra={"fields": {"vm": vm.name, "error": str(error)}})

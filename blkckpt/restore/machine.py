@@ -89,7 +89,7 @@ class Prepared:
         """What the user should know."""
         if self.memory is None or self.checkpoint.machine is None:
             return ()
-        copy = (COPY_NOTE,) if self.checkpoint.vm != self.vm.name else ()
+        copy = (COPY_NOTE,) if self.checkpoint.vm != self.vm.name and self.cards is None else ()
         lazy = (LAZY_NOTE,) if self.lazy else ()
         fuse = (FUSE_NOTE.format(name=self.vm.name),) if self.lazy and self.source == FUSE else ()
         return (*copy, *lazy, *fuse, *self._network_notes(), *commandline.review(self.checkpoint.machine.argv))

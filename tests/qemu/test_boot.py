@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import uuid
 from pathlib import Path
 
@@ -82,3 +83,13 @@ def test_usage(box: guest.Sandbox, console: guest.Console) -> None:
     box.run("checkpoint", "s", "--name", "disks", "--disk-only")
     assert "disks only" in box.run("verify", "--boot", "s@disks", code=3)
     assert "--disk-only" in box.run("checkpoint", "s", "--disk-only", "--screenshot", code=3)
+
+
+def test_interrupted_it_leaves_nothing(box: guest.Sandbox, console: guest.Console) -> None:
+    before = everything(box)
+    child = box.start("verify", "--boot", "s@c")
+    mounted.eventually(lambda: list((box.home / "vms").glob("verify-*/vm.json")), "the VM to be made")
+    child.send_signal(signal.SIGINT)
+    _, complaint = child.communicate(timeout=60)
+    assert child.returncode == 130, complaint
+    assert everything(box) == before
