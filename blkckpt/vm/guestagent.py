@@ -54,7 +54,7 @@ class GuestAgent:
     def close(self) -> None:
         self._socket.close()
 
-    def ping(self, timeout: float = SYNC_TIMEOUT) -> None:
+    def ping(self, timeout: float) -> None:
         """Raises unless the agent answers within *timeout* seconds."""
         self._sync(timeout)
 
@@ -76,7 +76,7 @@ class GuestAgent:
         return bool(self._execute("guest-fsfreeze-status", SYNC_TIMEOUT) == "frozen")
 
     def _execute(self, command: str, timeout: float) -> Any:
-        self._sync()
+        self._sync(SYNC_TIMEOUT)
         self._send(json.dumps({"execute": command}).encode() + b"\n")
         answer = self._answer(command, time.monotonic() + timeout, b"\n")
         if "error" in answer:
@@ -87,7 +87,7 @@ class GuestAgent:
             raise errors.ProtocolError(f"the guest agent's answer to {command} is none")
         return answer["return"]
 
-    def _sync(self, timeout: float = SYNC_TIMEOUT) -> None:
+    def _sync(self, timeout: float) -> None:
         number = secrets.randbits(31)
         request = {"execute": "guest-sync-delimited", "arguments": {"id": number}}
         self._send(b"\xff" + json.dumps(request).encode() + b"\n")

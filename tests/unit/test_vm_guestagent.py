@@ -157,3 +157,12 @@ def test_endless_noise_is_bounded(fake: FakeAgent, tmp_path: Path) -> None:
     fake.greeting = bytes(guestagent.MAX_ANSWER + 100)
     with guestagent.GuestAgent(tmp_path / "ga") as agent, pytest.raises(errors.ProtocolError, match="without end"):
         agent.frozen()
+
+
+def test_a_ping_waits_as_long_as_it_is_told(fake: FakeAgent, agent: guestagent.GuestAgent) -> None:
+    agent.ping(5)
+    fake.silent.add("guest-sync-delimited")
+    start = time.monotonic()
+    with pytest.raises(errors.DeadlineError):
+        agent.ping(0.1)
+    assert time.monotonic() - start < 3
