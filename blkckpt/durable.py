@@ -115,7 +115,7 @@ def remove(path: Path) -> None:
     sync_directory(path.parent)
 
 
-def open_checked(path: Path, flags: int, what: str) -> int:
+def open_checked(path: Path | str, flags: int, what: str) -> int:
     """Open a file of ours: regular, not through a symlink, owned by us, not writable by others.
 
     Returns a descriptor (close-on-exec).  Raises :class:`errors.NotFoundError` or
@@ -154,11 +154,25 @@ def extents(descriptor: int) -> Iterator[tuple[int, int]]:
         yield start, end - start
 
 
-def read_small(path: Path, what: str, limit: int = MAX_SMALL_FILE) -> bytes:
+def _read_up_to(descriptor: int, limit: int) -> bytes:
+    """The file from its start on, at most *limit* bytes; room is made for what it has, not for what it may have."""
+    data = b""
+    while len(data) < limit:
+        expected = os.fstat(descriptor).st_size + 1 - len(data)
+        more = os.read(descriptor, min(limit - len(data), max(expected, 4096)))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def read_small(path: Path | str, what: str, limit: int = MAX_SMALL_FILE) -> bytes:
     """Read a whole checked file of at most *limit* bytes (rule S4: bounded before use)."""
     descriptor = open_checked(path, os.O_RDONLY, what)
-    with os.fdopen(descriptor, "rb") as file:
-        data = file.read(limit + 1)
+    try:
+        data = _read_up_to(descriptor, limit + 1)
+    finally:
+        os.close(descriptor)
     if len(data) > limit:
         raise errors.CorruptError(f"{what} {path} is larger than {limit} bytes; it is not one of ours")
     return data

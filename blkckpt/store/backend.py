@@ -7,6 +7,7 @@ more than this protocol, which an object store offers as well (``create`` is a m
 ``put(key, data)``              a small object, durable on return; ``exclusive``: never over another
 ``create(key)``                 a large one, appended to; durable under its key after ``commit``
 ``get(key, offset, length)``    exactly that range, or an error
+``whole(key, limit)``           a small object; an error if it is longer
 ``hint(key, offset, length)``   will be read soon; may do nothing
 ``size(key)``, ``list(prefix)``, ``delete(key)``
 ==============================  ===================================================================
@@ -59,6 +60,7 @@ class Backend(Protocol):
     def put(self, key: str, data: bytes, *, exclusive: bool = False) -> None: ...
     def create(self, key: str) -> Appender: ...
     def get(self, key: str, offset: int, length: int) -> bytes: ...
+    def whole(self, key: str, limit: int) -> bytes: ...
     def hint(self, key: str, offset: int, length: int) -> None: ...
     def size(self, key: str) -> int: ...
     def exists(self, key: str) -> bool: ...
@@ -76,9 +78,13 @@ class LocalBackend:
         self._lock = threading.Lock()
 
     def path(self, key: str) -> Path:
+        return Path(self._place(key))
+
+    def _place(self, key: str) -> str:
+        """The path as a string, which is found ten times faster."""
         if not _KEY.fullmatch(key):
             raise errors.InputError(f"{key[:120]!r} is not a key of a store")
-        return self.root / key
+        return f"{self.root}/{key}"
 
     def put(self, key: str, data: bytes, *, exclusive: bool = False) -> None:
         """Write a small object; ``FileExistsError`` if *exclusive* and it is there."""
@@ -116,6 +122,10 @@ class LocalBackend:
             except OSError as error:
                 raise errors.from_os_error(error, f"reading {self.path(key)}") from error
         return data
+
+    def whole(self, key: str, limit: int) -> bytes:
+        """A small object, which is not kept open; CorruptError if it is longer than *limit*."""
+        return durable.read_small(self._place(key), "store object", limit)
 
     def hint(self, key: str, offset: int, length: int) -> None:
         """Let the kernel begin to read; what is wrong shows when it is read."""
@@ -194,8 +204,7 @@ class LocalBackend:
             if shared is not None:
                 for stale in [other for other, entry in self._open.items() if not entry.is_current]:
                     self._open.pop(stale).release()
-        path = self.path(key)
-        fresh = _Shared(durable.open_checked(path, os.O_RDONLY, "store object"))
+        fresh = _Shared(durable.open_checked(self._place(key), os.O_RDONLY, "store object"))
         fresh.acquire()
         with self._lock:
             old = self._open.pop(key, None)

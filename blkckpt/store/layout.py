@@ -62,7 +62,7 @@ import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blkckpt import errors, lazy
 
@@ -124,9 +124,8 @@ Digest = Callable[[bytes | memoryview], bytes]
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Where one chunk is.  ``raw == 0`` is the zero chunk."""
+class Entry(NamedTuple):
+    """Where one chunk is.  ``raw == 0`` is the zero chunk.  (One is made for every chunk that is read.)"""
 
     hash: bytes
     pack: int
@@ -467,3 +466,16 @@ def pack_entry(entry: Entry) -> bytes:
 def unpack_entry(data: bytes, number: int) -> Entry:
     """Entry *number* of the packed entries *data*."""
     return Entry(*ENTRY.unpack_from(data, number * ENTRY.size))
+
+
+def checked_entry(data: bytes, number: int, length: int, what: str) -> Entry | None:
+    """Entry *number* of the packed entries *data*, whose raw length is *length*; None for zeros.
+
+    CorruptError if it is impossible, as :func:`check_leaf` says it of all of them.
+    """
+    found = Entry(*ENTRY.unpack_from(data, number * ENTRY.size))
+    if found == ZERO:
+        return None
+    if found.raw != length or not 0 < found.stored <= length or not _FIRST_PLACE <= found.offset <= MAX_PACK_FILE:
+        raise errors.CorruptError(f"{what}: its entry is impossible")
+    return found

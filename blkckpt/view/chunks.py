@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 from blkckpt import errors
-from blkckpt.store import images, layout, packs
+from blkckpt.store import layout, packs
 
 LIMIT = 64 << 20
 """Default bound of the decoded chunks: the read-ahead of a dozen readers."""
@@ -183,14 +183,21 @@ class Chunks:
     # --- leaves
 
     def leaf(self, store: packs.Packs, table: layout.Table, number: int) -> bytes:
-        """The checked entries of leaf *number*, which has data, as they stand in it."""
-        digest = table.leaf(number).hash
+        """The entries of leaf *number*, which has data, as they stand in it.
+
+        Its hash and its length are checked here, an entry when it is used (``layout.checked_entry``).
+        """
+        entry = table.leaf(number)
+        digest = entry.hash
         with self._lock:
             data = self._leaves.get(digest)
             if data is not None:
                 self._leaves.move_to_end(digest)
                 return data
-        data = images.packed_leaf(store, table, number)
+        what = f"image {table.image_id}"
+        data = store.read(entry, f"{what} leaf {number}")
+        if len(data) != layout.leaf_entries(table.size, number) * layout.ENTRY.size:
+            raise errors.CorruptError(f"{what}: leaf {number} has the wrong length")
         with self._lock:
             self._leaves[digest] = data
             if len(self._leaves) > LEAVES:
@@ -198,20 +205,17 @@ class Chunks:
         return data
 
     def _count(self, store: packs.Packs, table: layout.Table, number: int) -> int:
-        """The bytes in use of a leaf that is not kept: its hash is checked, its entries only as far as they count."""
-        entry = table.leaf(number)
-        data = store.read(entry, f"image {table.image_id} leaf {number}")
-        most = layout.leaf_entries(table.size, number)
-        if len(data) != most * layout.ENTRY.size:
-            raise errors.CorruptError(f"image {table.image_id}: leaf {number} has the wrong length")
-        total: int = sum(raw for (raw,) in RAW.iter_unpack(data))
-        return min(total, most * layout.CHUNK)
+        """The bytes in use of a leaf."""
+        most = layout.leaf_entries(table.size, number) * layout.CHUNK
+        total: int = sum(raw for (raw,) in RAW.iter_unpack(self.leaf(store, table, number)))
+        return min(total, most)
 
     def used(self, store: packs.Packs, table: layout.Table, numbers: Iterable[int]) -> int:
         """The bytes of non-zero chunks of these leaves (which have data)."""
         total = 0
         for number in numbers:
-            digest = table.leaf(number).hash
+            place = number * layout.ENTRY.size
+            digest = table.directory[place : place + layout.HASH]
             count = self._counts.get(digest)
             if count is None:
                 count = self._count(store, table, number)

@@ -174,8 +174,24 @@ class Image:
         table = self._table
         if not table.leaf(leaf).raw:
             return None
-        entry = layout.unpack_entry(self._cache.leaf(self._store, table, leaf), index)
-        return entry if entry.raw else None
+        entries = self._cache.leaf(self._store, table, leaf)
+        return layout.checked_entry(entries, index, layout.chunk_length(self.size, number), self._name(number))
+
+    def digest(self, number: int) -> bytes | None:
+        """The hash of chunk *number*; None for zeros."""
+        entry = self._follow(lambda: self._entry(number))
+        return entry.hash if entry is not None else None
+
+    def once(self, number: int) -> tuple[bytes | None, bytes]:
+        """The hash and the bytes of chunk *number*, which is kept no longer than it is if nobody else needs it."""
+        return self._follow(lambda: self._once(number))
+
+    def _once(self, number: int) -> tuple[bytes | None, bytes]:
+        entry = self._entry(number)
+        if entry is None:
+            return None, _ZEROS[: layout.chunk_length(self.size, number)]
+        data = self._cache.peek(entry.hash)
+        return entry.hash, data if data is not None else self._store.read(entry, self._name(number))
 
     def _name(self, number: int) -> str:
         return f"image {self._table.image_id} chunk {number}"
@@ -365,3 +381,34 @@ class Reader:
     def read(self, offset: int, length: int) -> bytes:
         """Exactly *length* bytes, fewer at the end."""
         return read(self.content, offset, length)
+
+
+class Glance:
+    """A source for those that read little of an image, once, mostly in one place: the cache stays as it is.
+
+    *seen* has the hash of each chunk that was needed (None for zeros): another image with the same chunks there
+    has the same to say.
+    """
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self.size = image.size
+        self.seen: dict[int, bytes | None] = {}
+        self._number, self._data = -1, b""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly *length* bytes, fewer at the end."""
+        end = min(offset + length, self.size)
+        parts = []
+        while offset < end:
+            number, begin = divmod(offset, layout.CHUNK)
+            if number != self._number:
+                self.seen[number], self._data = self._image.once(number)
+                self._number = number
+            parts.append(self._data[begin : begin + end - offset])
+            offset += len(parts[-1])
+        return b"".join(parts)
+
+    def holds_for(self, image: Image) -> bool:
+        """Whether *image* is the same in every chunk that was needed."""
+        return image.size == self.size and all(image.digest(number) == seen for number, seen in self.seen.items())

@@ -66,10 +66,11 @@ class _Handle:
 
 @dataclass(slots=True)
 class _Listing:
-    """An open directory: what it is, and its names once they have been asked for."""
+    """An open directory: what it is, and once they have been asked for its names and what finds their attributes."""
 
     node: nodes.Directory
     names: list[str] | None = None
+    look: Callable[[str], nodes.Node] | None = None
 
 
 def ignore(count: int) -> None:
@@ -110,26 +111,32 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
 
     # --- names
 
-    def getattr(self, path: str | None, fh: Any = None) -> dict[str, Any]:
+    def look(self, path: str | None, number: int | None) -> nodes.Attributes:
+        """The attributes of a path, or of what is open under *number* if there is none."""
         with self._errors(path):
-            if path is None and fh is not None:
-                opened = self.handles.get(fh.fh)
+            if path is None and number is not None:
+                opened = self.handles.get(number)
                 if opened is not None:
-                    return self.attributes(opened.node)
-            return self.attributes(self._find(path))
+                    return opened.node.attributes()
+            return self._find(path).attributes()
 
-    def attributes(self, node: nodes.Node) -> dict[str, Any]:
-        """``struct stat`` of *node*."""
-        found = node.attributes()
+    getattr = look
+    """The binding looks for a callback of this name; what it calls is :meth:`_Fuse.getattr_fuse_3`."""
+
+    def fill(self, entry: Any, found: nodes.Attributes) -> None:
+        """Put *found* into a ``struct stat``, whatever was in it."""
         mode = found.mode
-        if found.owner is None and not stat.S_ISLNK(mode):
-            mode = stat.S_IFMT(mode) | self._rights[stat.S_ISDIR(mode)]
-        uid, gid = found.owner or self._owner
-        return {
-            "st_mode": mode, "st_nlink": 1, "st_uid": uid, "st_gid": gid, "st_size": found.size,
-            "st_blocks": -(-found.used // 512), "st_blksize": BLOCK_SIZE,
-            "st_atime": found.changed_ns, "st_mtime": found.changed_ns, "st_ctime": found.changed_ns,
-        }  # fmt: skip
+        if found.owner is None:
+            if not stat.S_ISLNK(mode):
+                mode = stat.S_IFMT(mode) | self._rights[stat.S_ISDIR(mode)]
+            entry.st_uid, entry.st_gid = self._owner
+        else:
+            entry.st_uid, entry.st_gid = found.owner
+        entry.st_mode, entry.st_nlink, entry.st_size = mode, 1, found.size
+        entry.st_blocks, entry.st_blksize = -(-found.used // 512), BLOCK_SIZE
+        seconds, rest = divmod(found.changed_ns, 10**9)
+        for when in (entry.st_atimespec, entry.st_mtimespec, entry.st_ctimespec):
+            when.tv_sec, when.tv_nsec = seconds, rest
 
     def readlink(self, path: str) -> str:
         with self._errors(path):
@@ -151,21 +158,22 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
         with self._errors(path):
             return list(self._directories[fh].node.names())
 
-    def entries(self, number: int, offset: int, *, plus: bool) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    def entries(self, number: int, offset: int, *, plus: bool) -> Iterator[tuple[str, nodes.Attributes | None]]:
         """The names in an open directory from number *offset* on, as they were when it was first read.
 
         *plus*: with their attributes; None for what cannot be looked at.
         """
-        with self._errors(None):
-            listing = self._directories[number]
-            if listing.names is None or not offset:
-                listing.names = list(listing.node.names())
-        for name in listing.names[offset:]:
-            yield name, self._quietly(listing.node, name) if plus else None
+        listing = self._directories[number]
+        if listing.names is None or not offset:  # the kernel asks until there is nothing more
+            with self._errors(None):
+                listing.names, listing.look = nodes.listing(listing.node)
+        assert listing.look is not None
+        for name in listing.names[offset:] if offset else listing.names:
+            yield name, self._quietly(listing.look, name) if plus else None
 
-    def _quietly(self, directory: nodes.Directory, name: str) -> dict[str, Any] | None:
+    def _quietly(self, look: Callable[[str], nodes.Node], name: str) -> nodes.Attributes | None:
         try:
-            return self.attributes(directory.child(name))
+            return look(name).attributes()
         except errors.BlkckptError as error:
             self._tell(name, error)
             return None
@@ -298,18 +306,26 @@ class _Fuse(mfusepy.FUSE):  # type: ignore[misc]
     def lseek(self, path: bytes | None, offset: int, whence: int, fip: Any) -> int:
         return int(self.operations.seek(fip.contents.fh, offset, whence))
 
+    def getattr_fuse_3(self, path: bytes | None, buf: Any, fip: Any) -> int:
+        text = None if path is None else path.decode(self.encoding, self.errors)
+        self.operations.fill(buf.contents, self.operations.look(text, fip.contents.fh if fip else None))
+        return 0
+
     def readdir_fuse_3(self, path: bytes | None, buf: Any, filler: Any, offset: int, fip: Any, flags: int) -> int:
         """From the entry after *offset* on, until the kernel's buffer is full.
 
         libfuse takes attributes only with entries that have offsets, by which it asks for the rest.
         """
         plus = bool(flags & _WANT_PLUS)
+        stats = mfusepy.c_stat()  # libfuse copies what it is given
         for number, (name, found) in enumerate(self.operations.entries(fip.contents.fh, offset, plus=plus), offset + 1):
-            entry = mfusepy.c_stat()
-            if found is not None:
-                mfusepy.set_st_attrs(entry, found, use_ns=True)
-            fill = _FILL_PLUS if found is not None else 0
-            if filler(buf, name.encode(self.encoding, self.errors), entry, number, fill) != 0:
+            text = name.encode(self.encoding, self.errors)
+            if found is None:
+                full = filler(buf, text, None, number, 0)
+            else:
+                self.operations.fill(stats, found)
+                full = filler(buf, text, stats, number, _FILL_PLUS)
+            if full:
                 break
         return 0
 

@@ -27,6 +27,9 @@ from blkckpt.view import source as sources
 DISKS = 8
 """Disks whose volumes are kept: a parser process of 30 MB each where files are being read."""
 
+ALIKE = 8
+"""Looks at disks with which the next one is compared, by the hashes of what was read."""
+
 ENTRIES = 4096
 """Directory entries remembered for each volume."""
 
@@ -46,6 +49,7 @@ class Guests:
         self._books = books
         self._lock = threading.Lock()
         self._found: OrderedDict[str, Found] = OrderedDict()
+        self._alike: list[tuple[content.Glance, Found]] = []
         self._volumes: OrderedDict[str, dict[str, Volume]] = OrderedDict()
 
     def look(self, store: stores.Store, image_id: str) -> Found:
@@ -53,12 +57,22 @@ class Guests:
         with self._lock:
             known = self._found.get(image_id)
         if known is None:
-            known = _look(content.Reader(self._books.image(store, image_id)))
+            known = self._look(self._books.image(store, image_id))
             with self._lock:
                 self._found[image_id] = known
                 if len(self._found) > library.FACTS:
                     self._found.popitem(last=False)
         return known
+
+    def _look(self, image: content.Image) -> Found:
+        """A disk that is the same as one seen before, wherever that was looked at, is not read again."""
+        for glance, found in reversed(self._alike):
+            if glance.holds_for(image):
+                return found
+        glance = content.Glance(image)
+        found = _look(glance)
+        self._alike = [*self._alike[-ALIKE + 1 :], (glance, found)]
+        return found
 
     def volumes(self, store: stores.Store, image_id: str) -> dict[str, Volume]:
         """The volumes of this disk by name."""
@@ -89,7 +103,7 @@ def _files_can_be_read() -> bool:
     return importlib.util.find_spec("dissect") is not None
 
 
-def _look(disk: content.Reader) -> Found:
+def _look(disk: sources.Source) -> Found:
     table = tuple(partitions.partitions(disk))
     if not _files_can_be_read():
         return Found(table, False)

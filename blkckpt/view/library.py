@@ -3,9 +3,9 @@
 Nothing is remembered that could be wrong later: the manifest of a checkpoint is looked at again whenever it is asked
 for (one ``stat``), so that what is made, amended or removed meanwhile is seen; images never change.
 
-Bounds: :data:`MANIFESTS` bytes of manifests, the names of :data:`CHECKPOINTS` VMs' checkpoints, :data:`TABLES` bytes of
-image tables, the chunks' own bound (:mod:`blkckpt.view.chunks`), and for every image ever looked at a few numbers, at
-most :data:`FACTS` of them.
+Bounds: :data:`MANIFESTS` bytes of manifests, the nodes of :data:`FOLDERS` checkpoints, the names of :data:`CHECKPOINTS`
+VMs' checkpoints, :data:`TABLES` bytes of image tables, the chunks' own bound (:mod:`blkckpt.view.chunks`), and for every
+image ever looked at a few numbers, at most :data:`FACTS` of them.
 """
 
 from __future__ import annotations
@@ -28,11 +28,16 @@ from blkckpt.view import chunks, content, devices
 from blkckpt.vm import definition
 
 CHECKPOINTS = 256
-MANIFESTS = 4 << 20
-FOLDER = 16 << 10
-"""What the nodes of a checkpoint's tree weigh, about."""
+MANIFESTS = 16 << 20
+"""Bytes of decoded manifests, for two passes over some 3,000 checkpoints: a list by time, then each of them."""
 
-TABLES = 32 << 20
+_DECODED = 3
+"""What a decoded manifest weighs, in lengths of its file."""
+
+FOLDERS = 128
+"""Checkpoints whose nodes are kept: 16 KiB each, about."""
+
+TABLES = 16 << 20
 FACTS = 1 << 16
 DECODED = 8
 """Decoded device states kept: a megabyte each."""
@@ -85,21 +90,22 @@ class _Shelf:
     """The checkpoints of one VM: their names, and their times and tags once somebody has asked."""
 
     states: tuple[tuple[int, ...] | None, ...]
+    files: frozenset[tuple[str, int]]
     names: list[str]
     settled: bool
     times: list[tuple[int, str]] | None = None
+    stamps: dict[str, tuple[int, str]] | None = None
     tags: dict[str, tuple[int, str]] | None = None
 
 
 @dataclass(slots=True)
 class Checkpoint:
-    """A manifest, the store it is in, and the file it was read from; *made* is what was made of it."""
+    """A manifest, the store it is in, and the file it was read from."""
 
     store: stores.Store
     manifest: manifest.Manifest
     data: bytes
     changed_ns: int
-    made: Any = None
 
 
 class Library:
@@ -111,9 +117,10 @@ class Library:
         self._lock = threading.Lock()
         self._stores: dict[Path, stores.Store] = {}
         self._looked = float("-inf")
-        self._checkpoints: _Recent[tuple[str, str, str], tuple[tuple[int, ...], Checkpoint]] = _Recent(
-            MANIFESTS, lambda value: len(value[1].data) + FOLDER
+        self._checkpoints: _Recent[str, tuple[tuple[int, ...], Checkpoint]] = _Recent(
+            MANIFESTS, lambda value: len(value[1].data) * _DECODED
         )
+        self._made: _Recent[int, tuple[Checkpoint, Any]] = _Recent(FOLDERS)
         self._shelves: _Recent[str, _Shelf] = _Recent(CHECKPOINTS)
         self._images: _Recent[tuple[str, str], tuple[content.Image, int]] = _Recent(TABLES, lambda value: value[1])
         self._indexes: _Recent[tuple[str, str], skeleton.Index] = _Recent(FACTS // 64)
@@ -140,7 +147,7 @@ class Library:
 
     def vms(self) -> list[str]:
         """The VMs that have a checkpoint."""
-        found = {name for place in self.places() for name in _names(place.path / "manifests")}
+        found = {name for place in self.places() for name in _names(f"{place.path}/manifests")}
         return sorted(name for name in found if units.NAME.fullmatch(name) and self.checkpoints(name))
 
     def checkpoints(self, vm: str) -> list[str]:
@@ -149,25 +156,28 @@ class Library:
 
     def checkpoint(self, vm: str, name: str) -> Checkpoint:
         """Checkpoint *name* of *vm* as it is now; NotFoundError, or CorruptError for a damaged manifest."""
+        units.check_name(vm, "VM name")
+        units.check_name(name, "checkpoint name")
         for place in self.places():
-            path = _path(place, vm, name)
+            path = f"{place.path}/manifests/{vm}/{name}.json"
             state = _state(path)
             if state is None:
                 continue
-            key = (str(place.path), vm, name)
-            known = self._checkpoints.get(key)
+            known = self._checkpoints.get(path)
             if known is not None and known[0] == state:
                 return known[1]
             found = _load(place, path, vm, name, state[0])
-            self._checkpoints.put(key, (state, found))
+            self._checkpoints.put(path, (state, found))
             return found
         raise errors.NotFoundError(f"{vm} has no checkpoint {name}")
 
     def remember(self, found: Checkpoint, make: Callable[[], _V]) -> _V:
-        """What *make* makes of a checkpoint: once for as long as its manifest is kept and stays the same."""
-        if found.made is None:
-            found.made = make()
-        made: _V = found.made
+        """What *make* makes of a checkpoint: once for as long as its manifest stays the same and there is room."""
+        known = self._made.get(id(found))
+        if known is None or known[0] is not found:
+            known = (found, make())
+            self._made.put(id(found), known)
+        made: _V = known[1]
         return made
 
     def times(self, vm: str) -> list[tuple[int, str]]:
@@ -177,11 +187,24 @@ class Library:
             shelf.times = sorted(self._times(vm, shelf.names))
         return shelf.times
 
+    def stamps(self, vm: str, call: Callable[[int], str]) -> dict[str, tuple[int, str]]:
+        """What *call* makes of the times of *vm*'s checkpoints → ``(created_ns, name)``; the second ``…-2``."""
+        shelf = self._shelf(vm)
+        if shelf.stamps is None:
+            before, number, found = "", 1, {}
+            for created, name in self.times(vm):
+                text = call(created)
+                number = number + 1 if text == before else 1
+                before = text
+                found[text if number == 1 else f"{text}-{number}"] = created, name
+            shelf.stamps = found
+        return shelf.stamps
+
     def tags(self, vm: str) -> dict[str, tuple[int, str]]:
         """Each tag of *vm*'s checkpoints → ``(created_ns, name)`` of the newest that has it."""
         shelf = self._shelf(vm)
         if shelf.tags is None:
-            labelled = {name for place in self.places() for name in _names(place.path / "labels" / vm)}
+            labelled = {name for place in self.places() for name in _names(f"{place.path}/labels/{vm}")}
             shelf.tags = {}
             for created, name in self.times(vm):
                 if f"{name}.json" in labelled:
@@ -211,19 +234,23 @@ class Library:
         """The list of *vm*'s checkpoints, made anew when a directory of manifests or labels has changed.
 
         Whatever is made, amended or removed there changes the directory's time.  One that changed within the clock's
-        last steps before it was read is not believed again: it may change once more at the same time.
+        last steps before it was read is not believed again: it may change once more at the same time.  What has been
+        worked out stays when the files are the same ones, by name and inode.
         """
         kinds = ("manifests", "labels")
-        states = tuple(_state(place.path / kind / vm) for place in self.places() for kind in kinds)
+        states = tuple(_state(f"{place.path}/{kind}/{vm}") for place in self.places() for kind in kinds)
         known = self._shelves.get(vm)
         if known is not None and known.states == states and known.settled:
             return known
         now = time.time_ns()
-        found = {name for place in self.places() for name in _names(place.path / "manifests" / vm)}
-        plain = (name.removesuffix(".json") for name in found if name.endswith(".json"))
-        names = sorted(name for name in plain if units.NAME.fullmatch(name))
+        files = frozenset(file for place in self.places() for file in _files(f"{place.path}/manifests/{vm}"))
         settled = all(state is None or now - state[0] > _SETTLED_NS for state in states)
-        fresh = _Shelf(states, names, settled)
+        if known is not None and known.files == files:
+            fresh = _Shelf(states, files, known.names, settled, known.times, known.stamps)
+        else:
+            plain = {name.removesuffix(".json") for name, _ in files if name.endswith(".json")}
+            fresh = _Shelf(states, files, sorted(name for name in plain if units.NAME.fullmatch(name)), settled)
+        names = fresh.names
         if names:
             self._shelves.put(vm, fresh)
         return fresh
@@ -247,7 +274,7 @@ class Library:
         """Where the parts of a memory skeleton lie."""
 
         def load() -> skeleton.Index:
-            return skeleton.read_index(content.Reader(self.image(store, memory.skeleton)))
+            return skeleton.read_index(content.Glance(self.image(store, memory.skeleton)))
 
         return self._indexes.make((store.info.id.hex(), memory.skeleton), load)
 
@@ -271,12 +298,7 @@ def store_paths(home: paths.Home) -> list[Path]:
     return [path for path in dict.fromkeys(path.resolve() for path in found) if path.exists()]
 
 
-def _path(place: stores.Store, vm: str, name: str) -> Path:
-    units.check_name(vm, "VM name")
-    return place.path / "manifests" / vm / f"{units.check_name(name, 'checkpoint name')}.json"
-
-
-def _state(path: Path) -> tuple[int, ...] | None:
+def _state(path: str) -> tuple[int, ...] | None:
     """What changes when the file is another one; its first item is the time of the change."""
     try:
         found = os.lstat(path)
@@ -285,7 +307,7 @@ def _state(path: Path) -> tuple[int, ...] | None:
     return found.st_mtime_ns, found.st_ino, found.st_size
 
 
-def _load(place: stores.Store, path: Path, vm: str, name: str, changed_ns: int) -> Checkpoint:
+def _load(place: stores.Store, path: str, vm: str, name: str, changed_ns: int) -> Checkpoint:
     what = f"manifest of {vm}@{name}"
     data = durable.read_small(path, what, manifest.MAX_SIZE)
     found = manifest.decode(data, what)
@@ -294,8 +316,17 @@ def _load(place: stores.Store, path: Path, vm: str, name: str, changed_ns: int) 
     return Checkpoint(place, found, data, changed_ns)
 
 
-def _names(directory: Path) -> list[str]:
+def _files(directory: str) -> list[tuple[str, int]]:
+    """The names in *directory* and their inodes: a manifest that is amended is another file."""
     try:
-        return [path.name for path in os.scandir(directory)]
+        with os.scandir(directory) as found:
+            return [(entry.name, entry.inode()) for entry in found]
+    except OSError:
+        return []
+
+
+def _names(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
     except OSError:
         return []

@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeGuard
+from typing import NamedTuple, Protocol, TypeGuard
 
 from blkckpt import errors, log
 from blkckpt.store import store as stores
@@ -15,8 +15,7 @@ from blkckpt.view import content
 logger = log.get(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Attributes:
+class Attributes(NamedTuple):
     """What ``stat`` says.  *mode* has the type; *used* is bytes on disk; *owner* is (uid, gid) of a guest's file."""
 
     mode: int
@@ -33,7 +32,11 @@ class Node(Protocol):
 
 
 class Directory(Protocol):
-    """A directory: ``child`` raises NotFoundError."""
+    """A directory: ``child`` raises NotFoundError.
+
+    One that can say its entries' attributes for less than a ``child`` each also has ``listing``, which gives the names
+    and what finds the attributes (a node of which nothing else is asked), both of one instant.
+    """
 
     def attributes(self) -> Attributes: ...
     def names(self) -> Iterable[str]: ...
@@ -114,6 +117,13 @@ class Folder:
                 raise errors.NotFoundError(name)
             made = self._made[name] = self.entries[name]()
         return made
+
+
+def listing(directory: Directory) -> tuple[list[str], Callable[[str], Node]]:
+    """The names in *directory*, and what gives a node of each that has its attributes."""
+    quick = getattr(directory, "listing", None)
+    names, look = quick() if quick is not None else (directory.names(), directory.child)
+    return list(names), look
 
 
 def is_directory(node: Node) -> TypeGuard[Directory]:

@@ -27,10 +27,7 @@ known (:mod:`blkckpt.view.physical`).
 
 from __future__ import annotations
 
-import bisect
-import calendar
 import json
-import re
 import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -43,6 +40,7 @@ from blkckpt.view import content, devices, elf, guest, library, nodes, physical
 LATEST = "latest"
 BY_TIME = "by-time"
 BY_TAG = "by-tag"
+LINKS = (LATEST, BY_TIME, BY_TAG)
 
 logger = log.get(__name__)
 
@@ -60,7 +58,11 @@ class Tree:
         """The node at *path* (``/`` is the root).  NotFoundError, CorruptError."""
         node: nodes.Node = self
         parts = [part for part in path.split("/") if part]
-        for number, part in enumerate(parts):
+        first = 0
+        if len(parts) > 1 and parts[1] not in LINKS and self._only in (None, parts[0]):
+            # a checkpoint is there or not, whatever is known of its VM
+            node, first = _Machine(self.library, self.guests, _checked(parts[0])), 1
+        for number, part in enumerate(parts[first:], first):
             if isinstance(node, guest.Directory):
                 return node.descend("/".join(parts[number:]))
             if not nodes.is_directory(node):
@@ -107,12 +109,11 @@ class _Machine:
 
     def names(self) -> Iterable[str]:
         known = self._library.checkpoints(self._vm)
-        extra = (LATEST, BY_TIME, BY_TAG)
-        return [*(name for name in known if name not in extra), *(extra if known else ())]
+        return [*(name for name in known if name not in LINKS), *(LINKS if known else ())]
 
     def child(self, name: str) -> nodes.Node:
         if name == BY_TIME:
-            return self._by_time()
+            return _ByTime(self._library, self._vm)
         if name == BY_TAG:
             return self._by_tag()
         if name == LATEST:
@@ -123,6 +124,16 @@ class _Machine:
         found = self._library.checkpoint(self._vm, _checked(name))
         return self._library.remember(found, lambda: checkpoint_folder(self._library, self._guests, found))
 
+    def listing(self) -> tuple[Iterable[str], Callable[[str], nodes.Node]]:
+        """Reads no manifest that has been read before, however many checkpoints there are."""
+        known = {name: created for created, name in self._library.times(self._vm)}
+
+        def look(name: str) -> nodes.Node:
+            created = known.get(name) if name not in LINKS else None
+            return self.child(name) if created is None else nodes.Folder(created, {})
+
+        return self.names(), look
+
     def _by_tag(self) -> nodes.Folder:
         known = self._library.tags(self._vm)
         newest = max((created for created, _ in known.values()), default=self.attributes().changed_ns)
@@ -132,50 +143,33 @@ class _Machine:
         }
         return nodes.Folder(newest, entries)
 
-    def _by_time(self) -> _ByTime:
-        return _ByTime(self._library.times(self._vm))
-
 
 class _ByTime:
     """Links to the checkpoints, called by their times; the second of one millisecond is ``…Z-2``."""
 
-    def __init__(self, known: list[tuple[int, str]]) -> None:
-        self._known = known
+    def __init__(self, books: library.Library, vm: str) -> None:
+        self._library, self._vm = books, vm
 
     def attributes(self) -> nodes.Attributes:
-        return nodes.Attributes(stat.S_IFDIR | 0o500, 0, 0, self._known[-1][0] if self._known else 0)
+        known = self._library.times(self._vm)
+        return nodes.Attributes(stat.S_IFDIR | 0o500, 0, 0, known[-1][0] if known else 0)
 
     def names(self) -> Iterable[str]:
-        before, number = "", 1
-        for created, _ in self._known:
-            text = timestamp(created)
-            number = number + 1 if text == before else 1
-            before = text
-            yield text if number == 1 else f"{text}-{number}"
+        return self._library.stamps(self._vm, timestamp)
+
+    def listing(self) -> tuple[Iterable[str], Callable[[str], nodes.Node]]:
+        known = self._library.stamps(self._vm, timestamp)
+        return known, lambda name: _time_link(*known[name])
 
     def child(self, name: str) -> nodes.Node:
-        first = bisect.bisect_left(self._known, (instant(name), ""))
-        for (created, target), text in zip(self._known[first:], _ByTime(self._known[first:]).names(), strict=True):
-            if text == name:
-                return nodes.Link(f"../{target}", created)
-            if text[:_STAMP] > name[:_STAMP]:
-                break
-        raise errors.NotFoundError(name)
+        found = self._library.stamps(self._vm, timestamp).get(name)
+        if found is None:
+            raise errors.NotFoundError(name)
+        return _time_link(*found)
 
 
-_STAMP = len("2026-11-26T18-52-16.123Z")
-
-
-def instant(text: str) -> int:
-    """The first nanosecond of a :func:`timestamp`; NotFoundError for another text."""
-    match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d)\.(\d{3})Z(-\d+)?", text)
-    try:
-        seconds = calendar.timegm(time.strptime(match[1], "%Y-%m-%dT%H-%M-%S")) if match else -1
-    except ValueError:
-        seconds = -1
-    if match is None or seconds < 0:
-        raise errors.NotFoundError(text)
-    return seconds * 10**9 + int(match[2]) * 10**6
+def _time_link(created: int, name: str) -> nodes.Link:
+    return nodes.Link(f"../{name}", created)
 
 
 def timestamp(nanoseconds: int) -> str:
