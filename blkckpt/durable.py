@@ -154,25 +154,25 @@ def extents(descriptor: int) -> Iterator[tuple[int, int]]:
         yield start, end - start
 
 
-def _read_up_to(descriptor: int, limit: int) -> bytes:
-    """The file from its start on, at most *limit* bytes; room is made for what it has, not for what it may have."""
+def _read_up_to(descriptor: int, limit: int) -> bytes | None:
+    """The whole file, None if it is longer than *limit*; room is made for what it has, not for what it may have."""
+    expected = os.fstat(descriptor).st_size
     data = b""
-    while len(data) < limit:
-        expected = os.fstat(descriptor).st_size + 1 - len(data)
-        more = os.read(descriptor, min(limit - len(data), max(expected, 4096)))
+    while max(expected, len(data)) <= limit:
+        more = os.read(descriptor, max(expected - len(data), 0) + 1)
         if not more:
-            break
+            return data
         data += more
-    return data
+    return None
 
 
 def read_small(path: Path | str, what: str, limit: int = MAX_SMALL_FILE) -> bytes:
     """Read a whole checked file of at most *limit* bytes (rule S4: bounded before use)."""
     descriptor = open_checked(path, os.O_RDONLY, what)
     try:
-        data = _read_up_to(descriptor, limit + 1)
+        data = _read_up_to(descriptor, limit)
     finally:
         os.close(descriptor)
-    if len(data) > limit:
+    if data is None:
         raise errors.CorruptError(f"{what} {path} is larger than {limit} bytes; it is not one of ours")
     return data

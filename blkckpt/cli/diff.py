@@ -6,14 +6,19 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from blkckpt import errors, units
+from blkckpt import errors, lazy, units
 from blkckpt.cli import names, output, progress, session, verb
 from blkckpt.store import compare, images, layout
-from blkckpt.view import changes, filediff, heatmap, volumes, walk
+from blkckpt.view import changes, heatmap
+
+if TYPE_CHECKING:
+    from blkckpt.view import filediff, volumes, walk
+else:
+    filediff, volumes, walk = (lazy.Module(f"blkckpt.view.{name}") for name in ("filediff", "volumes", "walk"))
 
 SHOWN = 1000
 """Extents of one disk that people are shown; JSON has all."""

@@ -125,7 +125,10 @@ class LocalBackend:
 
     def whole(self, key: str, limit: int) -> bytes:
         """A small object, which is not kept open; CorruptError if it is longer than *limit*."""
-        return durable.read_small(self._place(key), "store object", limit)
+        try:
+            return durable.read_small(self._place(key), "store object", limit)
+        except OSError as error:
+            raise errors.from_os_error(error, f"reading {self.path(key)}") from error
 
     def hint(self, key: str, offset: int, length: int) -> None:
         """Let the kernel begin to read; what is wrong shows when it is read."""

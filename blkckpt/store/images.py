@@ -74,6 +74,8 @@ def load_table(store: packs.Packs, image_id: str) -> layout.Table:
         data = store.backend.whole(key, _LONGEST)
     except errors.NotFoundError as error:
         raise errors.NotFoundError(f"image {image_id} is not in the store") from error
+    except errors.CorruptError as error:
+        raise errors.CorruptError(f"image {image_id}: its table is longer than any can be") from error
     return layout.decode_table(data, image_id, store.codec.digest)
 
 
@@ -157,9 +159,10 @@ class ImageReader:
         return entries
 
     def leaves(self, numbers: Sequence[int]) -> layout.Array:
-        """The checked entries of these leaves, one after the other, each filled up to 512 with zeros.
+        """The entries of these leaves, one after the other, each filled up to 512 with zeros.
 
-        For going through many: neighbours in a pack are read together, all are checked at once, none is kept.
+        For going through many: neighbours in a pack are read together, none is kept.  Each leaf has its hash and
+        its length; an entry is checked by whoever uses it (``layout.check_chosen``).
         """
         return self._follow(lambda table: self._read_leaves(table, numbers))
 
@@ -172,8 +175,10 @@ class ImageReader:
             if entry.raw:
                 what = f"image {self.image_id} leaf {numbers[index]}"
                 data = self._packs.codec.decode(next(payloads)[1], entry.raw, entry.hash, what)
+                if len(data) != layout.leaf_entries(self.size, numbers[index]) * layout.ENTRY.size:
+                    raise errors.CorruptError(f"{what} has the wrong length")
                 buffer[index * size : index * size + len(data)] = data
-        return layout.decode_leaves(buffer, self.size, numbers, f"image {self.image_id}")
+        return np.frombuffer(buffer, layout.ENTRY_TYPE)
 
     def _follow(self, read: Callable[[layout.Table], _T]) -> _T:
         """What *read* gives by the present table: again, when it finds a pack gone and the image is elsewhere now."""

@@ -60,7 +60,7 @@ import re
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -387,19 +387,18 @@ def check_leaf(data: bytes, size: int, leaf: int, what: str) -> bytes:
     return data
 
 
-def decode_leaves(data: bytes | bytearray, size: int, numbers: Sequence[int], what: str) -> Array:
-    """The entries of several leaves of an image of *size* bytes, each filled up to :data:`LEAF` entries."""
-    entries = np.frombuffer(data, ENTRY_TYPE)
+def check_chosen(entries: Array, numbers: npt.NDArray[np.int64], size: int, what: str) -> None:
+    """CorruptError if one of *entries*, which are those of the chunks *numbers* of an image of *size* bytes, cannot be.
+
+    A number beyond the image's end has no entry: only zeros are right there.
+    """
+    count = chunk_count(size)
     lengths = np.full(len(entries), CHUNK, np.uint32)
-    for index, number in enumerate(numbers):
-        if number == leaf_count(size) - 1:
-            count = leaf_entries(size, number)
-            lengths[index * LEAF + count - 1] = chunk_length(size, number * LEAF + count - 1)
-            lengths[index * LEAF + count : (index + 1) * LEAF] = 0
+    lengths[numbers == count - 1] = chunk_length(size, count - 1) if count else 0
+    lengths[numbers >= count] = 0
     bad = _first_bad(entries, lengths)
     if bad is not None:
-        raise errors.CorruptError(f"leaves of {what}: entry {bad} is impossible")
-    return entries
+        raise errors.CorruptError(f"{what}: the entry of chunk {int(numbers[bad])} is impossible")
 
 
 def decode_leaf(data: bytes, size: int, leaf: int, what: str) -> Array:

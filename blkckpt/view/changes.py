@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from blkckpt import errors
+from blkckpt import errors, lazy
 from blkckpt.store import compare, images, manifest, store
 from blkckpt.view import heatmap
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = lazy.Module("numpy")
 
 PAGE = 4096
 

@@ -14,11 +14,17 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
+from blkckpt import lazy, units
 
-from blkckpt import units
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Heat = npt.NDArray[np.float64]
+else:
+    np = lazy.Module("numpy")
 
 COLUMNS = 128
 ROWS = 12
@@ -39,8 +45,6 @@ _WIDTH = COLUMNS * _CELL
 _LABEL = 20
 _SCALE = 4
 """Pixels of a cell's side in a PNG."""
-
-Heat = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,9 @@
 Nothing is remembered that could be wrong later: the manifest of a checkpoint is looked at again whenever it is asked
 for (one ``stat``), so that what is made, amended or removed meanwhile is seen; images never change.
 
-Bounds: :data:`MANIFESTS` bytes of manifests, the nodes of :data:`FOLDERS` checkpoints, the names of :data:`CHECKPOINTS`
-VMs' checkpoints, :data:`TABLES` bytes of image tables, the chunks' own bound (:mod:`blkckpt.view.chunks`), and for every
-image ever looked at a few numbers, at most :data:`FACTS` of them.
+Bounds: :data:`MANIFESTS` bytes of manifests, the nodes of :data:`FOLDERS` checkpoints, the names of
+:data:`CHECKPOINTS` VMs' checkpoints, :data:`TABLES` bytes of image tables, the chunks' own bound
+(:mod:`blkckpt.view.chunks`), and for every image ever looked at a few numbers, at most :data:`FACTS` of them.
 """
 
 from __future__ import annotations
@@ -326,7 +326,4 @@ def _files(directory: str) -> list[tuple[str, int]]:
 
 
 def _names(directory: str) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except OSError:
-        return []
+    return [name for name, _ in _files(directory)]

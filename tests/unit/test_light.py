@@ -40,7 +40,7 @@ def test_modules_on_the_way_to_a_guest(module: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["list"], ["vm", "list"], ["restore", "--help"], ["status"]], ids=" ".join
+    "words", [["--help"], ["list"], ["vm", "list"], ["restore", "--help"], ["status"], ["diff", "--help"]], ids=" ".join
 )
 def test_commands(words: list[str], tmp_path: Path) -> None:
     code = f"from blkckpt.cli import main; main.command({words!r}, prog_name='blkckpt')"

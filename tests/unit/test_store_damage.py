@@ -251,8 +251,27 @@ def test_a_hostile_leaf(target: store.Store) -> None:
         layout.decode_leaf(good.tobytes()[:-56], SIZE, 0, "it")
 
 
-def test_both_judges_of_entries_agree(target: store.Store) -> None:
-    """The one that needs no numpy says what the other says, for every field of every place."""
+def _first_refused(case: bytes) -> int | None:
+    """As those who look at single entries find it: a view at one, a comparison at those that differ."""
+    for number in range(len(case) // layout.ENTRY.size):
+        single = np.frombuffer(case, layout.ENTRY_TYPE)[number : number + 1]
+        refusals = 0
+        try:
+            layout.checked_entry(case, number, layout.chunk_length(SIZE, number), "it")
+        except errors.CorruptError:
+            refusals += 1
+        try:
+            layout.check_chosen(single, np.array([number]), SIZE, "it")
+        except errors.CorruptError:
+            refusals += 1
+        assert refusals in (0, 2)
+        if refusals:
+            return number
+    return None
+
+
+def test_all_judges_of_entries_agree(target: store.Store) -> None:
+    """Those that need no numpy, or see one entry, say what the others say, for every field of every place."""
     good = target.image(image_of(target)).leaf(0)
     count = len(good) // layout.ENTRY.size
     cases = [good, bytes(len(good)), b""]
@@ -273,6 +292,7 @@ def test_both_judges_of_entries_agree(target: store.Store) -> None:
     length, last = CHUNK, layout.chunk_length(SIZE, count - 1)
     answers = [layout.first_bad_of_few(case, length, last) for case in cases]
     assert answers == [layout.first_bad(case, length, last) for case in cases]
+    assert answers == [_first_refused(case) for case in cases]
     assert {None, 0, count // 2, count - 1} <= set(answers)
 
 

@@ -72,7 +72,7 @@ def _table(place: store.Store, hashes: np.ndarray, used: np.ndarray) -> str:
             directory[number : number + 1] = np.frombuffer(layout.pack_entry(made), layout.ENTRY_TYPE)
     writer.seal()
     identity = secrets.token_hex(16)
-    table = layout.Table(identity, SIZE, "disk", "", None, 0, directory)
+    table = layout.Table(identity, SIZE, "disk", "", None, 0, directory.tobytes())
     place.packs.backend.put(layout.image_key(identity), layout.encode_table(table, place.packs.codec.digest))
     return identity
 
