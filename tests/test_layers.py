@@ -44,7 +44,7 @@ RANKS: tuple[frozenset[str], ...] = (
     }),
     frozenset({
         "disk.maps", "memory.assemble", "agent.rundir", "agent.guard", "agent.turn", "agent.consistency",
-        "agent.machine", "agent.options", "agent.receiver",
+        "agent.machine", "agent.options", "agent.receiver", "agent.forked",
     }),
     frozenset({"disk.layer", "agent.rescue", "memory.intake", "store.images", "agent.nbdserver", "view.records"}),
     frozenset({"view.starting"}),

@@ -23,8 +23,7 @@ Detached, the supervisor is a fork of the command, in a session of its own: load
 answers through another, one JSON object: ready, or the error it gave up with.  It can be started before there is
 anything to run (:class:`Detached`), and be told with the first line which VM it will be: then it starts nbdkit early
 (:mod:`blkckpt.agent.nbdserver`), which takes longer to load than a VM to make.  The second line is the order to run
-it.  Without one it ends, and nbdkit with it.  The fork has one thread and uses nothing that another of the command's
-(a progress bar's) may hold: streams of its own, and locks that the interpreter makes anew.
+it.  Without one it ends, and nbdkit with it.
 
 Nothing here sleeps: the loop waits for the pidfds of its children and for signals.
 """
@@ -38,16 +37,14 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from blkckpt import errors, lazy, log, paths
-from blkckpt.agent import nbdserver, qemuargs, rundir
+from blkckpt.agent import forked, nbdserver, qemuargs, rundir
 from blkckpt.vm import definition
 
 if TYPE_CHECKING:
@@ -55,7 +52,7 @@ if TYPE_CHECKING:
 else:
     wire = lazy.Module("blkckpt.control.wire")
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = forked.SIGNALS
 BACKOFF = (0.0, 0.2, 1.0, 5.0, 15.0)
 """Seconds before nbdkit is started again after it ended 1, 2, 3 … times in a row.  It never gives up while a guest
 waits: the guest's requests fail only when QEMU's reconnect-delay is over."""
@@ -123,10 +120,7 @@ class Detached:
         receiver, sender = os.pipe2(os.O_CLOEXEC)
         orders, self._orders = os.pipe2(os.O_CLOEXEC)
         self._answers = os.fdopen(receiver, "rb")
-        self._pid = os.fork()
-        if self._pid == 0:
-            os.close(self._orders)
-            _background(orders, sender)
+        self._pid = forked.fork(lambda: main(orders, sender), {orders, sender})
         os.close(orders)
         os.close(sender)
 
@@ -414,32 +408,6 @@ def _started(answer: bytes, vm: paths.VmPaths) -> rundir.Running:
     if running is None:
         raise errors.StateError(f"VM {vm.name} has ended already; see {vm.log / 'qemu.log'}")
     return running
-
-
-def _background(orders: int, answers: int) -> NoReturn:
-    """The forked child: a session of its own, signals as in a new program, nothing of the parent's on the way out."""
-    code = 1
-    try:
-        os.setsid()
-        for number in (*SIGNALS, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
-        _close_all_but({2, orders, answers})
-        for standard in (os.open(os.devnull, os.O_RDWR), os.open(os.devnull, os.O_RDWR)):  # 0 and 1
-            os.set_inheritable(standard, True)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
-        code = main(orders, answers)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def _close_all_but(kept: set[int]) -> None:
-    """What a caller's shell or test has open is not to stay open as long as a VM runs."""
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208  (names are what is wanted)
-        if int(name) not in kept:
-            with contextlib.suppress(OSError):  # the listing's own
-                os.close(int(name))
 
 
 def main(orders: int, answers: int) -> int:

@@ -1,7 +1,7 @@
 """The process of a mount: it answers the kernel until the mount ends.
 
-Started by :mod:`blkckpt.view.mounts` with its orders on standard input and a pipe for one answer, ``{"ready": true}``
-when the mount is usable or the error that it gave up with; or run in the caller's process (``--foreground``).
+Started by :mod:`blkckpt.view.starting` with a pipe for one answer, ``{"ready": true}`` when the mount is usable or the
+error that it gave up with; or run in the caller's process (``--foreground``).
 """
 
 from __future__ import annotations
@@ -79,14 +79,19 @@ class _End:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The detached process."""
+    """A program of its own: orders on standard input."""
     os.set_inheritable(int(arguments[0]), False)
-    with os.fdopen(int(arguments[0]), "wb") as pipe:
-        body = json.loads(sys.stdin.buffer.read())
-        home = paths.home(body.pop("home"))
+    body = json.loads(sys.stdin.buffer.read())
+    home = paths.home(body.pop("home"))
+    return run(home, starting.Orders(**body), int(arguments[0]))
+
+
+def run(home: paths.Home, orders: starting.Orders, answers: int) -> int:
+    """The detached process, whichever way it was made; its exit code."""
+    with os.fdopen(answers, "wb") as pipe:
         _take_output(home)
         log.setup(as_json=True)
-        return _serve_and_tell(home, starting.Orders(**body), pipe)
+        return _serve_and_tell(home, orders, pipe)
 
 
 def _take_output(home: paths.Home) -> None:

@@ -18,14 +18,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from blkckpt import durable, errors, log, paths, units
+from blkckpt import durable, errors, lazy, log, paths, units
 from blkckpt.memory import skeleton
 from blkckpt.store import images, manifest
 from blkckpt.store import store as stores
-from blkckpt.view import chunks, content, devices
+from blkckpt.view import chunks, content
 from blkckpt.vm import definition
+
+if TYPE_CHECKING:
+    from blkckpt.view import devices
+else:
+    devices = lazy.Module("blkckpt.view.devices")
 
 CHECKPOINTS = 256
 MANIFESTS = 16 << 20

@@ -1,14 +1,18 @@
 """Starting the process of a mount.  Light: a restore does this before anything else is loaded.
 
-The process (:mod:`blkckpt.view.daemon`) gets its orders on standard input and answers once, through a pipe: that the
-mount is usable, or what it gave up with.
+The process (:mod:`blkckpt.view.daemon`) answers once, through a pipe: that the mount is usable, or what it gave up
+with.
+A user's mount is a program of its own, which gets its orders on standard input.  A machine's, which a guest waits for,
+is a fork of the command (:mod:`blkckpt.agent.forked`): half of what it needs is loaded then.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -16,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from blkckpt import errors, paths
-from blkckpt.agent import nbdserver
+from blkckpt.agent import forked, nbdserver
 from blkckpt.control import wire
 from blkckpt.view import records
 
@@ -73,25 +77,18 @@ class Starting:
         receiver, sender = os.pipe2(os.O_CLOEXEC)
         self._answers = os.fdopen(receiver, "rb")
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "blkckpt.view.daemon", str(sender)],
-                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True, pass_fds=[sender],
-                env={**os.environ, **_ENVIRONMENT}, cwd="/",
-            )  # fmt: skip
+            self._pid = (_start if orders.user is None else _fork)(home, orders, sender)
         finally:
             os.close(sender)
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
-            pipe.write(json.dumps({"home": str(home.root), **asdict(orders)}).encode())
 
     def wait(self) -> records.Record:
         """Until the mount is usable; raises what its process gave up with."""
         with self._answers:
             if not nbdserver.wait_for([self._answers.fileno()], READY_SECONDS):
-                self._process.terminate()
+                self._signal(signal.SIGTERM)
                 raise errors.DeadlineError(f"mounting on {self._orders.directory} took over {READY_SECONDS:g} s")
             self._check(self._answers.read(wire.MAX_MESSAGE))
-        found = next((one for one in records.active(self._home) if one.process.pid == self._process.pid), None)
+        found = next((one for one in records.active(self._home) if one.process.pid == self._pid), None)
         if found is None:
             raise errors.StateError(f"the mount on {self._orders.directory} has ended; see {log_path(self._home)}")
         settle(found)
@@ -113,12 +110,44 @@ class Starting:
     def cancel(self) -> None:
         """The mount is not wanted any more; returns when its process has ended."""
         self._answers.close()
-        self._process.terminate()
-        try:
-            self._process.wait(CANCEL_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._signal(signal.SIGTERM)
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):
+            descriptor = os.pidfd_open(self._pid)
+            try:
+                if not nbdserver.wait_for([descriptor], CANCEL_SECONDS):
+                    self._signal(signal.SIGKILL)
+            finally:
+                os.close(descriptor)
+            os.waitpid(self._pid, 0)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, number)
+
+
+def _start(home: paths.Home, orders: Orders, answers: int) -> int:
+    """A program of its own; its pid."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "blkckpt.view.daemon", str(answers)],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True, pass_fds=[answers],
+        env={**os.environ, **_ENVIRONMENT}, cwd="/",
+    )  # fmt: skip
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+        pipe.write(json.dumps({"home": str(home.root), **asdict(orders)}).encode())
+    process.returncode = 0  # it outlives us, or is waited for by its number
+    return process.pid
+
+
+def _fork(home: paths.Home, orders: Orders, answers: int) -> int:
+    """A fork of this process; its pid."""
+
+    def run() -> int:
+        os.chdir("/")
+        code: int = importlib.import_module("blkckpt.view.daemon").run(home, orders, answers)
+        return code
+
+    return forked.fork(run, {answers})
 
 
 def settle(record: records.Record) -> None:

@@ -29,13 +29,20 @@ from __future__ import annotations
 
 import json
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from blkckpt import errors, log
+from blkckpt import errors, lazy, log
 from blkckpt.memory import image
 from blkckpt.store import manifest
-from blkckpt.view import content, devices, elf, guest, library, nodes, physical
+from blkckpt.view import content, library, nodes, physical
+
+if TYPE_CHECKING:
+    from blkckpt.view import devices, elf, guest
+else:  # a machine that waits for its memory needs none of them
+    devices, elf, guest = (lazy.Module(f"blkckpt.view.{name}") for name in ("devices", "elf", "guest"))
 
 LATEST = "latest"
 BY_TIME = "by-time"
@@ -50,7 +57,8 @@ class Tree:
 
     def __init__(self, books: library.Library, vm: str | None = None) -> None:
         self.library = books
-        self.guests = guest.Guests(books)
+        self._lock = threading.Lock()
+        self._guests: guest.Guests | None = None
         self._only = vm
         self._started = time.time_ns()
 
@@ -61,10 +69,12 @@ class Tree:
         first = 0
         if len(parts) > 1 and parts[1] not in LINKS and self._only in (None, parts[0]):
             # a checkpoint is there or not, whatever is known of its VM
-            node, first = _Machine(self.library, self.guests, _checked(parts[0])), 1
+            node, first = _Machine(self.library, self, _checked(parts[0])), 1
         for number, part in enumerate(parts[first:], first):
-            if isinstance(node, guest.Directory):
-                return node.descend("/".join(parts[number:]))
+            descend = getattr(node, "descend", None)
+            if descend is not None:  # the guest's files: one question, however deep
+                found: nodes.Node = descend("/".join(parts[number:]))
+                return found
             if not nodes.is_directory(node):
                 raise errors.NotFoundError(path)
             node = node.child(part)
@@ -83,11 +93,20 @@ class Tree:
         _checked(name)
         if not self.library.checkpoints(name):
             raise errors.NotFoundError(name)
-        return _Machine(self.library, self.guests, name)
+        return _Machine(self.library, self, name)
 
     def close(self) -> None:
         """End what reads guests' files; the library is its maker's."""
-        self.guests.close()
+        if self._guests is not None:
+            self._guests.close()
+
+    @property
+    def guests(self) -> guest.Guests:
+        """What is on the disks."""
+        with self._lock:
+            if self._guests is None:
+                self._guests = guest.Guests(self.library)
+            return self._guests
 
 
 def _checked(name: str) -> str:
@@ -100,8 +119,8 @@ def _checked(name: str) -> str:
 class _Machine:
     """The checkpoints of one VM."""
 
-    def __init__(self, books: library.Library, guests: guest.Guests, vm: str) -> None:
-        self._library, self._guests, self._vm = books, guests, vm
+    def __init__(self, books: library.Library, root: Tree, vm: str) -> None:
+        self._library, self._root, self._vm = books, root, vm
 
     def attributes(self) -> nodes.Attributes:
         known = self._library.times(self._vm)
@@ -122,7 +141,7 @@ class _Machine:
                 raise errors.NotFoundError(name)
             return nodes.Link(known[-1][1], known[-1][0])
         found = self._library.checkpoint(self._vm, _checked(name))
-        return self._library.remember(found, lambda: checkpoint_folder(self._library, self._guests, found))
+        return self._library.remember(found, lambda: checkpoint_folder(self._library, self._root, found))
 
     def listing(self) -> tuple[Iterable[str], Callable[[str], nodes.Node]]:
         """Reads no manifest that has been read before, however many checkpoints there are."""
@@ -181,12 +200,12 @@ def timestamp(nanoseconds: int) -> str:
 # --- one checkpoint
 
 
-def checkpoint_folder(books: library.Library, guests: guest.Guests, found: library.Checkpoint) -> nodes.Folder:
+def checkpoint_folder(books: library.Library, root: Tree, found: library.Checkpoint) -> nodes.Folder:
     """The directory of one checkpoint."""
     entries: dict[str, Callable[[], nodes.Node]] = {
         "manifest.json": lambda: _small(found, "manifest.json", found.data),
         "timings.json": lambda: _small(found, "timings.json", _timings(found.manifest)),
-        "disks": lambda: _disks(books, guests, found),
+        "disks": lambda: _disks(books, root.guests, found),
     }
     memory = found.manifest.memory
     if memory is not None:
