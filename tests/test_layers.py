@@ -46,7 +46,9 @@ RANKS: tuple[frozenset[str], ...] = (
         "disk.maps", "memory.assemble", "agent.rundir", "agent.guard", "agent.turn", "agent.consistency",
         "agent.machine", "agent.options", "agent.receiver", "agent.forked",
     }),
-    frozenset({"disk.layer", "agent.rescue", "memory.intake", "store.images", "agent.nbdserver", "view.records"}),
+    frozenset({
+        "disk.layer", "agent.rescue", "memory.intake", "store.images", "agent.nbdserver", "view.records", "view.touched",
+    }),
     frozenset({"view.starting"}),
     frozenset({
         "store.compare", "store.frozen", "store.marks", "store.writer", "memory.apart", "exchange.pump",

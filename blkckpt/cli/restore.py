@@ -101,6 +101,8 @@ def command(
         name = name or units.check_name(f"{target.vm}-{found.manifest.name}"[:64], "VM name")
         if source == FUSE and mount is None:
             mount = stack.enter_context(_mount(ours, name, target.vm))
+        if mount is not None:
+            mount.expect(found.store, found.manifest)
         with ours.reporter() as progress_:
             chosen = with_arguments(found.manifest, extra)
             prepared = _machines().restore(

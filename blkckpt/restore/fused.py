@@ -14,13 +14,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Collection
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from blkckpt import errors, paths
 from blkckpt.memory import image
-from blkckpt.view import starting
+from blkckpt.view import starting, touched
+
+if TYPE_CHECKING:
+    from blkckpt.store import manifest
+    from blkckpt.store import store as stores
 
 DIRECTORY = "memory"
 
@@ -39,6 +44,7 @@ class Mount:
             raise errors.StateError(
                 f"{self._place} is still mounted: a QEMU of VM {vm.name} uses it, or was killed (`blkckpt doctor`)"
             )
+        self._home = home
         self._used = False
         self._starting = starting.Starting(home, starting.Orders(str(self._place), vm=origin, user=vm.name))
 
@@ -52,6 +58,19 @@ class Mount:
         for directory in (self._place, self._place.parent):
             with contextlib.suppress(OSError):  # somebody else's things are in it
                 directory.rmdir()
+
+    def expect(self, store: stores.Store, checkpoint: manifest.Manifest) -> None:
+        """The machine will go on from this: have the disk fetch what it touched the last time, while all else starts."""
+        blocks = checkpoint.memory.blocks if checkpoint.memory else ()
+        known = [(block.image, found) for block in blocks if (found := touched.load(self._home, block.image))]
+
+        def announce() -> None:
+            with contextlib.suppress(errors.BlkckptError):  # a hint; what is wrong shows when it is read
+                for image_id, ranges in known:
+                    store.image(image_id).announce(ranges)
+
+        if known:
+            threading.Thread(target=announce, name="touched", daemon=True).start()
 
     def files(self, vm: str, checkpoint: str, wanted: Collection[str], every: Collection[str]) -> dict[str, Path]:
         """The files of the blocks *wanted*, when the mount is usable; *every* block of the checkpoint in its order."""

@@ -15,7 +15,7 @@ import contextlib
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -298,6 +298,13 @@ class ImageReader:
                 for pack in {entry.pack for entry in map(self.entry, later) if entry.raw}:
                     self._packs.exists(pack)
             self._packs.hint([entry for entry in map(self.entry, coming) if entry.raw])
+
+    def announce(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Have the disk fetch what these ranges, ``(offset, length)``, need: they will be read, by whomever."""
+        with contextlib.suppress(errors.BlkckptError):  # it shows when it is read
+            for offset, length in ranges:
+                numbers = range(offset // layout.CHUNK, -(-min(offset + length, self.size) // layout.CHUNK))
+                self._packs.hint([entry for entry in map(self.entry, numbers) if entry.raw], scattered=True)
 
     def _fetch(self, numbers: Sequence[int]) -> dict[int, bytes]:
         return self._follow(lambda _: self._read_chunks(numbers))

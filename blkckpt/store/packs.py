@@ -137,13 +137,14 @@ class Packs:
                 start = entry.offset - first.offset
                 yield entry, data[start : start + entry.stored]
 
-    def hint(self, entries: Sequence[layout.Entry]) -> None:
+    def hint(self, entries: Sequence[layout.Entry], *, scattered: bool = False) -> None:
         """Non-zero *entries* will be read soon: if they lie in small pieces, the disk works on all of them at once.
 
-        In large pieces the kernel reads ahead by itself, and better.
+        In large pieces the kernel reads ahead by itself, and better, if they are read one after the other; not so if
+        *scattered*.
         """
         runs = list(_runs(entries))
-        if len(runs) <= 2 + sum(entry.stored for entry in entries) // _PIECE:
+        if not scattered and len(runs) <= 2 + sum(entry.stored for entry in entries) // _PIECE:
             return
         for run in runs:
             first, last = run[0], run[-1]

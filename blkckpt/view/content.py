@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -204,6 +204,20 @@ class Image:
         first, end = offset // layout.CHUNK, -(-min(offset + length, self.size) // layout.CHUNK)
         numbers = ((number, self._entry(number)) for number in range(first, end))
         self._cache.ahead(self._store, [(entry, self._name(number)) for number, entry in numbers if entry is not None])
+
+    def ahead_of(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """These ranges, ``(offset, length)``, will be read soon, in this order; the first that the cache has room for."""
+        wanted: dict[bytes, chunks.Wanted] = {}
+        room = self._cache.limit // 2
+        for offset, length in ranges:
+            for number in range(offset // layout.CHUNK, -(-min(offset + length, self.size) // layout.CHUNK)):
+                entry = self._entry(number)
+                if entry is not None and entry.hash not in wanted:
+                    wanted[entry.hash] = (entry, self._name(number))
+                    room -= entry.raw
+            if room < 0:
+                break
+        self._cache.ahead(self._store, list(wanted.values()))
 
     def used(self) -> int:
         def count() -> int:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from blkckpt import errors, log, paths
 from blkckpt.control import wire
-from blkckpt.view import chunks, fuse, held, library, mounts, records, starting, tree
+from blkckpt.view import chunks, fuse, held, library, mounts, records, starting, touched, tree
 
 FIRST_OPEN = 120.0
 """Seconds for a machine to open its memory: QEMU's start, on a busy host."""
@@ -43,7 +43,8 @@ def serve(home: paths.Home, orders: starting.Orders, ready: Callable[[], None]) 
         changed = _End(orders.directory).note if orders.user else fuse.ignore
         gc.freeze()
         gc.set_threshold(*_COLLECTIONS)
-        operations = fuse.Operations(root, pins, ready, shared=orders.shared, changed=changed)
+        first = touched.First(home) if orders.user else None
+        operations = fuse.Operations(root, pins, ready, shared=orders.shared, changed=changed, first=first)
         try:
             fuse.run(
                 Path(orders.directory), record.source, operations,

@@ -35,7 +35,7 @@ os.environ.setdefault("FUSE_LIBRARY_NAME", "fuse3")  # before the import: the bi
 import mfusepy
 
 from blkckpt import errors, log
-from blkckpt.view import content, held, nodes, tree
+from blkckpt.view import content, held, nodes, touched, tree
 
 TYPE = "blkckpt"
 """The file system's type is ``fuse.blkckpt``."""
@@ -62,6 +62,7 @@ class _Handle:
     node: nodes.Node
     data: content.Content
     cursor: content.Cursor
+    notes: touched.Notes | None = None
 
 
 @dataclass(slots=True)
@@ -92,8 +93,10 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
         *,
         shared: bool = False,
         changed: Callable[[int], None] = ignore,
+        first: touched.First | None = None,
     ) -> None:
-        """*changed* is told how many files are open whenever that changes."""
+        """*changed* is told how many files are open whenever that changes; *first* of images and what is read first."""
+        self._first = first
         self._tree, self._pins, self._ready, self._changed = root, pins, ready, changed
         self._owner = (os.getuid(), os.getgid())
         self._rights = (0o444, 0o555) if shared else (0o400, 0o500)
@@ -209,7 +212,10 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
                         self._cached.popitem(last=False)
                 else:
                     flags.direct_io = 1
-            self.handles[number] = _Handle(path, node, opened, content.Cursor(opened))
+            notes = None
+            if self._first is not None and isinstance(opened, content.Image):
+                notes = self._first.opened(node.identity, opened.ahead_of)
+            self.handles[number] = _Handle(path, node, opened, content.Cursor(opened), notes)
             flags.fh = number
             self._changed(len(self.handles))
             return 0
@@ -223,6 +229,8 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
             if length <= 0:
                 return []
             handle.cursor.note(offset, length)
+            if handle.notes is not None:
+                handle.notes.note(offset, length)
             return data.pieces(offset, length)
         except errors.BlkckptError as error:
             raise self._translated(self.handles[number].path, error) from error
@@ -253,6 +261,8 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
         if handle is None or not isinstance(handle.node, nodes.File):
             return 0
         node = handle.node
+        if handle.notes is not None:
+            handle.notes.close()
         with self._lock:
             self._open[handle.path, node.identity] -= 1
             if not self._open[handle.path, node.identity]:
