@@ -47,7 +47,8 @@ RANKS: tuple[frozenset[str], ...] = (
         "agent.machine", "agent.options", "agent.receiver", "agent.forked",
     }),
     frozenset({
-        "disk.layer", "agent.rescue", "memory.intake", "store.images", "agent.nbdserver", "view.records", "view.touched",
+        "disk.layer", "agent.rescue", "memory.intake", "store.images", "agent.nbdserver", "view.records",
+        "view.touched",
     }),
     frozenset({"view.starting"}),
     frozenset({

@@ -60,7 +60,7 @@ class Mount:
                 directory.rmdir()
 
     def expect(self, store: stores.Store, checkpoint: manifest.Manifest) -> None:
-        """The machine will go on from this: have the disk fetch what it touched the last time, while all else starts."""
+        """This is what the machine goes on from: have the disk fetch what it touched the last time meanwhile."""
         blocks = checkpoint.memory.blocks if checkpoint.memory else ()
         known = [(block.image, found) for block in blocks if (found := touched.load(self._home, block.image))]
 

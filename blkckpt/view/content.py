@@ -206,9 +206,9 @@ class Image:
         self._cache.ahead(self._store, [(entry, self._name(number)) for number, entry in numbers if entry is not None])
 
     def ahead_of(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """These ranges, ``(offset, length)``, will be read soon, in this order; the first that the cache has room for."""
+        """These ranges, ``(offset, length)``, will be read soon, in this order: as many as the cache has room for."""
         wanted: dict[bytes, chunks.Wanted] = {}
-        room = self._cache.limit // 2
+        room = self._cache.limit * 3 // 4
         for offset, length in ranges:
             for number in range(offset // layout.CHUNK, -(-min(offset + length, self.size) // layout.CHUNK)):
                 entry = self._entry(number)

@@ -193,6 +193,8 @@ def test_memory_straight_from_the_store(box: guest.Sandbox, lazy: str) -> None:
     mount = record(box, lazy)
     assert "prefetch" in box.json("status", lazy)["vms"][0]["warning"]
     assert mount["directory"] == str(place.run / "memory")
+    touched = box.home / "touched"
+    mounted.eventually(lambda: touched.is_dir() and list(touched.glob("*.json")), "a note of what was touched first")
     box.run("stop", lazy)
     mounted.eventually(lambda: str(place.run / "memory") not in Path("/proc/self/mountinfo").read_text(), "its end")
     mounted.eventually(lambda: all(one["user"] != lazy for one in box.json("mount")["mounts"]), "the record's end")
