@@ -310,7 +310,8 @@ def fuse(device: Path = Path("/dev/fuse")) -> Finding:
     if shutil.which("fusermount3") is None:
         return Finding("fuse", Status.WARN, "no fusermount3", "apt install fuse3; browsing checkpoints needs it")
     if not os.access(device, os.R_OK | os.W_OK):
-        return Finding("fuse", Status.WARN, f"{device} is not permitted", "browsing checkpoints as files needs it")
+        hint = f"chmod 666 {device} as root (as udev has it); browsing checkpoints as files needs it"
+        return Finding("fuse", Status.WARN, f"{device} is not permitted", hint)
     return Finding("fuse", Status.OK, f"{device}, fusermount3")
 
 

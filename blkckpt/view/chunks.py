@@ -12,6 +12,7 @@ Thread-safe.  Leaves (the entries of 512 chunks) are kept beside the chunks, as 
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import struct
 import threading
@@ -59,6 +60,12 @@ class _Batch:
     def wait(self) -> dict[bytes, bytes]:
         self._event.wait(_WAIT)
         return self.found
+
+
+@functools.lru_cache(8)
+def _raws(count: int) -> struct.Struct:
+    """The raw lengths in a leaf of *count* entries, all at once."""
+    return struct.Struct("<" + "52xI" * count)
 
 
 class Chunks:
@@ -206,9 +213,9 @@ class Chunks:
 
     def _count(self, store: packs.Packs, table: layout.Table, number: int) -> int:
         """The bytes in use of a leaf."""
-        most = layout.leaf_entries(table.size, number) * layout.CHUNK
-        total: int = sum(raw for (raw,) in RAW.iter_unpack(self.leaf(store, table, number)))
-        return min(total, most)
+        count = layout.leaf_entries(table.size, number)
+        total: int = sum(_raws(count).unpack(self.leaf(store, table, number)))
+        return min(total, count * layout.CHUNK)
 
     def used(self, store: packs.Packs, table: layout.Table, numbers: Iterable[int]) -> int:
         """The bytes of non-zero chunks of these leaves (which have data)."""

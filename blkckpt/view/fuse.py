@@ -116,18 +116,20 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
 
     def look(self, path: str | None, number: int | None) -> nodes.Attributes:
         """The attributes of a path, or of what is open under *number* if there is none."""
-        with self._errors(path):
+        try:
             if path is None and number is not None:
                 opened = self.handles.get(number)
                 if opened is not None:
                     return opened.node.attributes()
             return self._find(path).attributes()
+        except errors.BlkckptError as error:
+            raise self._translated(path, error) from error
 
     getattr = look
     """The binding looks for a callback of this name; what it calls is :meth:`_Fuse.getattr_fuse_3`."""
 
-    def fill(self, entry: Any, found: nodes.Attributes) -> None:
-        """Put *found* into a ``struct stat``, whatever was in it."""
+    def fill(self, entry: Any, found: nodes.Attributes, before: nodes.Attributes | None = None) -> None:
+        """Put *found* into a ``struct stat``, whatever was in it, or what *before* put there."""
         mode = found.mode
         if found.owner is None:
             if not stat.S_ISLNK(mode):
@@ -135,8 +137,10 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
             entry.st_uid, entry.st_gid = self._owner
         else:
             entry.st_uid, entry.st_gid = found.owner
-        entry.st_mode, entry.st_nlink, entry.st_size = mode, 1, found.size
-        entry.st_blocks, entry.st_blksize = -(-found.used // 512), BLOCK_SIZE
+        entry.st_mode, entry.st_size, entry.st_blocks = mode, found.size, -(-found.used // 512)
+        if before is not None and before.changed_ns == found.changed_ns:
+            return
+        entry.st_nlink, entry.st_blksize = 1, BLOCK_SIZE
         seconds, rest = divmod(found.changed_ns, 10**9)
         for when in (entry.st_atimespec, entry.st_mtimespec, entry.st_ctimespec):
             when.tv_sec, when.tv_nsec = seconds, rest
@@ -149,13 +153,15 @@ class Operations(mfusepy.Operations):  # type: ignore[misc]
             return node.target
 
     def opendir(self, path: str) -> int:
-        with self._errors(path):
+        try:
             node = self._find(path)
-            if not nodes.is_directory(node):
-                raise OSError(errno.ENOTDIR, "not a directory")
-            number = next(self._numbers)
-            self._directories[number] = _Listing(node)
-            return number
+        except errors.BlkckptError as error:
+            raise self._translated(path, error) from error
+        if not nodes.is_directory(node):
+            raise OSError(errno.ENOTDIR, "not a directory")
+        number = next(self._numbers)
+        self._directories[number] = _Listing(node)
+        return number
 
     def readdir(self, path: str | None, fh: int) -> Any:
         with self._errors(path):
@@ -328,12 +334,14 @@ class _Fuse(mfusepy.FUSE):  # type: ignore[misc]
         """
         plus = bool(flags & _WANT_PLUS)
         stats = mfusepy.c_stat()  # libfuse copies what it is given
+        before: nodes.Attributes | None = None
         for number, (name, found) in enumerate(self.operations.entries(fip.contents.fh, offset, plus=plus), offset + 1):
             text = name.encode(self.encoding, self.errors)
             if found is None:
                 full = filler(buf, text, None, number, 0)
             else:
-                self.operations.fill(stats, found)
+                self.operations.fill(stats, found, before)
+                before = found
                 full = filler(buf, text, stats, number, _FILL_PLUS)
             if full:
                 break
