@@ -13,8 +13,8 @@ Modules.  ``chunks`` keeps decoded chunks, ``content`` makes files of them (imag
 ``nodes`` and ``tree`` say what a checkpoint looks like, ``library`` opens and remembers, ``guest`` adds partitions and
 guests' files, ``physical``, ``elf`` and ``devices`` encode and decode memory and device state (pure), ``fuse``
 translates, ``held`` pins, ``mounts`` keeps records and clears up, ``daemon`` is the process, ``touched`` remembers what
-a restored machine reads first.  For guests' files without
-a mount: ``volumes``, ``parser`` and ``extract``; for differences: ``changes``, ``filediff``, ``heatmap``, ``report``.
+a restored machine reads first.  For guests' files without a mount: ``volumes``, ``parser`` and ``extract``; for
+differences: ``changes``, ``filediff``, ``heatmap``, ``report``.
 
 Rules.
 
