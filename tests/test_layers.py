@@ -73,7 +73,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"disk.background", "exchange.server", "disk.rounds", "view.guest", "view.mounts"}),
     frozenset({"disk.copying"}),
     frozenset({"disk.group", "agent.runner", "view.tree", "exchange.outward"}),
-    frozenset({"control.service", "agent.supervisor", "view.fuse"}),
+    frozenset({"control.service", "agent.supervisor", "view.fuse", "exchange.core"}),
     frozenset({"view.daemon"}),
     frozenset({"daemon.quiet", "daemon.notify", "daemon.record", "daemon.schedule", "daemon.jobs", "daemon.packaged"}),
     frozenset({"daemon.planner", "daemon.readings", "daemon.metrics", "daemon.exposition"}),

@@ -10,9 +10,10 @@ import click
 
 from blkckpt import errors, units
 from blkckpt.cli import names, output, session, verb
-from blkckpt.exchange import outward, qemuimg
+from blkckpt.exchange import core, outward, qemuimg
 
 PIPE = "-"
+CORE_SUFFIXES = (".elf", ".core")
 
 
 @click.command(
@@ -22,19 +23,21 @@ PIPE = "-"
         "blkckpt export db@latest --disk data -o data.qcow2 --compress",
         "blkckpt export web@latest --disk vda -o - | zstd > vda.raw.zst",
         "blkckpt export web@latest --memory -o ram.raw",
+        "blkckpt export web@latest --memory -o core.elf && gdb vmlinux -c core.elf",
     ),
     keys="checkpoint, what (disk or RAM block), format, path, size, seconds; not with -o -",
 )
 @verb.target_argument
 @click.option("--disk", metavar="ID", help="Which disk [default: the only one].")
-@click.option("--memory", is_flag=True, help="Export guest memory instead of a disk: the main RAM block.")
+@click.option("--memory", is_flag=True, help="Export guest memory instead of a disk.")
 @click.option("--block", metavar="NAME", help="With --memory: another RAM block (`blkckpt show` lists them).")
 @click.option("--output", "-o", "path", metavar="FILE", required=True, help="Where to; - is standard output (raw).")
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(sorted({*qemuimg.FORMATS, *outward.MEMORY})),
-    help="[default: by FILE's suffix, else raw]",
+    type=click.Choice([*qemuimg.FORMATS, *core.FORMATS]),
+    help="[default: by FILE's suffix, else raw] Of memory: raw, the main RAM block as it is; elf, a core for "
+    "debuggers; physical, raw with each part at its guest-physical address.",
 )
 @click.option("--compress", is_flag=True, help="Compress the data of a qcow2.")
 @click.option("--force", is_flag=True, help="Replace FILE if it is there.")
@@ -60,11 +63,14 @@ def command(
     _check(disk, memory, block, path, as_json)
     found = ours.checkpoint(target)
     chosen = outward.main_memory(found.manifest, block) if memory else outward.disk(found.manifest, disk)
-    wanted = kind or ("raw" if memory or path == PIPE else qemuimg.SUFFIXES.get(Path(path).suffix.lower(), "raw"))
+    wanted = kind or _by_suffix(path, memory=memory)
+    size = chosen.size
     if compress and wanted != "qcow2":
         raise errors.InputError(f"--compress works for qcow2, not for {wanted}")
-    if memory and wanted not in outward.MEMORY:
-        raise errors.InputError(f"memory is exported as {' or '.join(outward.MEMORY)}, not as {wanted}")
+    if memory and wanted != "raw" and wanted not in core.FORMATS:
+        raise errors.InputError(f"memory is exported as raw, {' or '.join(core.FORMATS)}, not as {wanted}")
+    if wanted in core.FORMATS and (block or not memory):
+        raise errors.InputError(f"{wanted} is all of a machine's memory: --memory, without --block")
     if path == PIPE and wanted != "raw":
         raise errors.InputError(f"only raw can be written to a pipe; {wanted} needs a file")
     began, file = time.monotonic(), Path(path).absolute()
@@ -75,9 +81,8 @@ def command(
 
         if path == PIPE:
             _to_pipe(found, chosen.image, advance)
-        elif memory:
-            block_ = outward.main_memory(found.manifest, block)
-            outward.memory_to_file(found.store, block_, file, wanted, advance, force=force)
+        elif wanted in core.FORMATS:
+            size = core.to_file(found.store, found.manifest, wanted, file, advance, force=force)
         elif wanted == "raw":
             outward.to_file(found.store, chosen.image, file, advance, force=force)
         else:
@@ -93,15 +98,22 @@ def command(
                 "what": chosen.name,
                 "format": wanted,
                 "path": str(file),
-                "size": chosen.size,
+                "size": size,
                 "seconds": seconds,
             }
         )
     else:
         output.write(
-            f"{chosen.name} of {found.manifest.vm}@{found.manifest.name} ({units.format_size(chosen.size)}) is in "
+            f"{chosen.name} of {found.manifest.vm}@{found.manifest.name} ({units.format_size(size)}) is in "
             f"{file}, {wanted}; {units.format_duration(seconds)}"
         )
+
+
+def _by_suffix(path: str, *, memory: bool) -> str:
+    if path == PIPE:
+        return "raw"
+    suffix = Path(path).suffix.lower()
+    return ("elf" if suffix in CORE_SUFFIXES else "raw") if memory else qemuimg.SUFFIXES.get(suffix, "raw")
 
 
 def _check(disk: str | None, memory: bool, block: str | None, path: str, as_json: bool) -> None:

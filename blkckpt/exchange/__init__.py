@@ -16,6 +16,7 @@ Data flow::
 ``server``     that server: one a checkpoint, found again, stopped
 ``pump``       an image's data read by several threads
 ``outward``    an image to a file, whole or not at all
+``core``       memory by physical address to a file: ELF core, raw
 ``qemuimg``    qemu-img: what a file is, conversions with progress
 ``inward``     a file becomes a VM's disk or a checkpoint
 ``bundle``     the format of a bundle.  Pure

@@ -9,14 +9,14 @@ other formats   ``qemu-img convert`` from a private NBD server (:mod:`blkckpt.ex
 In each case every byte has had its hash checked (rule X1), and a file has its name only when all of it is there and
 durable (rule X2).
 
-Memory formats are functions in :data:`MEMORY`; the ELF core is one of :mod:`blkckpt.view`'s.
+A RAM block is an image as a disk is; memory by physical address is :mod:`blkckpt.exchange.core`'s.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from blkckpt import durable, errors
@@ -57,7 +57,7 @@ def main_memory(one: manifest.Manifest, name: str | None) -> manifest.RamBlock:
 
 def to_file(place: stores.Store, image: str, path: Path, progress: Progress, *, force: bool) -> int:
     """Write *image* to the raw file *path*; returns its bytes of data."""
-    with inuse.using(place, [image], "export"), _target(path, force=force) as (descriptor, _):
+    with inuse.using(place, [image], "export"), target(path, force=force) as (descriptor, _):
         reader = place.image(image, cache=pump.CACHE)
         raw(reader, descriptor, progress)
         return pump.data_bytes(reader)
@@ -66,26 +66,16 @@ def to_file(place: stores.Store, image: str, path: Path, progress: Progress, *, 
 def raw(reader: images.ImageReader, descriptor: int, progress: Progress) -> None:
     """*reader* into an empty file, sparse."""
 
-    def write(offset: int, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            done = os.pwrite(descriptor, view, offset)
-            view, offset = view[done:], offset + done
-
     os.ftruncate(descriptor, reader.size)
-    pump.scatter(reader, write, progress)
+    pump.scatter(reader, lambda offset, data: write_at(descriptor, data, offset), progress)
 
 
-MEMORY: Mapping[str, Callable[[images.ImageReader, int, Progress], None]] = {"raw": raw}
-"""How a RAM block can be written: format → function of (reader, descriptor, progress)."""
-
-
-def memory_to_file(
-    place: stores.Store, block: manifest.RamBlock, path: Path, kind: str, progress: Progress, *, force: bool
-) -> None:
-    """Write a RAM block to *path* in one of the formats of ``MEMORY``."""
-    with inuse.using(place, [block.image], "export"), _target(path, force=force) as (descriptor, _):
-        MEMORY[kind](place.image(block.image, cache=pump.CACHE), descriptor, progress)
+def write_at(descriptor: int, data: bytes, offset: int) -> None:
+    """All of *data*, at *offset*."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(descriptor, view, offset)
+        view, offset = view[done:], offset + done
 
 
 def to_pipe(place: stores.Store, image: str, descriptor: int, progress: Progress) -> None:
@@ -112,7 +102,7 @@ def convert(
     force: bool,
 ) -> None:
     """Write a disk to *path* as an image of format *kind*."""
-    with _target(path, force=force) as (_, temporary), server.private(place, one) as serving:
+    with target(path, force=force) as (_, temporary), server.private(place, one) as serving:
         options = ("-c",) if compress else ()
         try:
             qemuimg.convert(serving.uri(chosen.name), "raw", str(temporary), kind, chosen.size, progress, options)
@@ -123,7 +113,7 @@ def convert(
 
 
 @contextlib.contextmanager
-def _target(path: Path, *, force: bool) -> Iterator[tuple[int, Path]]:
+def target(path: Path, *, force: bool) -> Iterator[tuple[int, Path]]:
     """A new file that will be *path*."""
     if not path.parent.is_dir():
         raise errors.NotFoundError(f"there is no directory {path.parent} to write {path.name} to")

@@ -209,7 +209,7 @@ def checkpoint_folder(books: library.Library, root: Tree, found: library.Checkpo
     }
     memory = found.manifest.memory
     if memory is not None:
-        entries["memory"] = lambda: _memory(books, found, memory)
+        entries["memory"] = lambda: memory_folder(books, found, memory)
         entries["device-state.bin"] = lambda: _device_state(books, found, memory)
         entries["device-state.json"] = lambda: _decoded_state(books, found, memory)
     return nodes.Folder(found.manifest.created_ns, entries, lambda: _screenshot(found))
@@ -301,7 +301,8 @@ def _files(guests: guest.Guests, found: library.Checkpoint, disk: manifest.DiskI
 # --- memory
 
 
-def _memory(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> nodes.Folder:
+def memory_folder(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> nodes.Folder:
+    """What is below ``memory/``."""
     entries: dict[str, Callable[[], nodes.Node]] = {"blocks": lambda: _blocks(books, found, memory)}
     main = physical.main_blocks(found.manifest)
     ranges = physical.ranges(found.manifest)

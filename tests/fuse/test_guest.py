@@ -119,6 +119,15 @@ def test_debuggers_open_the_core(one: Path) -> None:
         assert int(registers[name], 16) == value, name
 
 
+@pytest.mark.parametrize(("kind", "name"), [("elf", "core.elf"), ("physical", "guest-physical.raw")])
+def test_an_export_is_what_the_mount_shows(box: guest.Sandbox, one: Path, tmp_path: Path, kind: str, name: str) -> None:
+    target = tmp_path / f"memory.{kind}"
+    said = box.json("export", f"v@{one.name}", "--memory", "--format", kind, "-o", target)
+    assert said["size"] == target.stat().st_size
+    assert target.stat().st_blocks * 512 < target.stat().st_size
+    mounted.run("cmp", target, one / "memory" / name)
+
+
 VOLATILITY = """
 import sys
 from volatility3.framework import contexts
