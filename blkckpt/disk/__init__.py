@@ -26,8 +26,8 @@ copied.  Each has its overlay; the frozen chain of each is all that is below it.
 switches, each relative to the one before; an overlay goes down, the lowest first, as soon as its checkpoint is over.
 
 A request: range check (``disk``) → gate (``epoch``): epoch, view, ticket → ``chain``: runs of blocks by layer →
-``layer``/``fileio``: data, then live bits → ticket back.  A flush: bottom up, per layer: take the dirty map pages, sync
-the data, write the pages, sync the map.
+``layer``/``fileio``: data, then live bits → ticket back.  A flush: top down, take the dirty map pages of every layer;
+then, bottom up, per layer: sync the data, write the pages, sync the map.
 
 Modules, lowest first: ``blocks`` ``blockmap`` ``format`` ``fastpath`` (pure) · ``fileio`` ``epoch`` ``job`` · ``maps``
 ``layer`` · ``chain`` · ``commit`` ``fill`` ``copier`` ``port`` ``stack`` · ``disk`` ``statefile`` · ``member`` ·
@@ -40,8 +40,8 @@ Rules
 * **D1** A frozen layer changes only by a commit that leaves every view's content the same.  *Kept by* views: a request
   keeps the one it was admitted with, and only the newest overlay is the target of an epoch after the switch.
 * **D2** A bit durable ⇒ its whole block was durable before it; durably clear ⇒ the layer below holds every flushed
-  version.  *Kept by* :meth:`layer.Overlay.flush` (pages are taken before the sync, so a bit set meanwhile waits), by
-  two-slot pages, and by the commit, which makes the layer below durable before it clears a live bit.
+  version.  *Kept by* :func:`chain.flush` (pages are taken before anything is synced, so a bit set or cleared meanwhile
+  waits; what is below is synced before a page is written), and by two-slot pages.
 * **D3** Flush and FUA answer when everything acknowledged before is durable in every layer.  *Kept by*
   :func:`chain.flush`; a sync under way is waited for, since it may be the one that covers our write.
 * **D4** A copy-up waits for every older request on its block, of any epoch (812), and later ones wait for it: tickets.
@@ -49,7 +49,8 @@ Rules
 * **D6** A guest's buffer is used before the call returns and never kept.
 * **D7** A silent driver loses its lease, and the disks go back to rest; so do disks whose server finds overlays.
 * **D8** Commit: :mod:`blkckpt.disk.commit`.
-* **D9** A failed fsync is final for its file: :meth:`fileio.File.datasync`.  A failed map poisons its data.
+* **D9** A failed fsync is final for its file: :meth:`fileio.File.datasync`.  A failed map poisons its data.  Layers
+  above take back what they handed down and no flush has covered: :meth:`layer.Overlay.take_back`.
 * **D10** Errors carry the true errno.  A write that fails sets no bit; space for maps is taken before a bit is set.
 * **D11** Zero and trim set bits over holes.  The last block may be short.
 * **D12** One writer per VM; every file says what it is, and one that is torn or foreign is an error with its name.
@@ -73,7 +74,8 @@ is ``core.c``; ours are :mod:`fastpath`, :mod:`port` and :mod:`epoch`):
   no moment at which a request of the new epoch on one disk can be answered and a later one on another meet the old.
 * **F4** An armed view takes reads only: a change has to ask the barrier.
 * **F5** A write to blocks of an exclusive ticket (copy-up, window of commit or fill) is passed on.  The ticket excludes
-  them when it is drawn, and settles before it is used (D4, D8).
+  them when it is drawn, and settles before it is used (D4, D8).  A write to blocks that the commit watches is noted
+  before its data; who asks what was noted excludes all that is watched, and has settled.
 * **F6** Order inside a change: changed bits, data, the file's dirty mark, present bits, the dirty marks of the map's
   pages (D2, D13).  A flush takes marks before what they stand for: pages, their bits, then the file's mark, the sync.
 * **F7** A flush settles before it takes the dirty pages: a request may have set its bit and not yet marked the page,

@@ -57,6 +57,12 @@ class BlockMap:
         """A map in private memory, all clear."""
         return cls(bytearray(byte_count(blocks)), blocks)
 
+    @classmethod
+    def sparse(cls, blocks: int) -> BlockMap:
+        """The same; of a large map only what is set takes memory."""
+        size = byte_count(blocks)
+        return cls(bytearray(size), blocks, backed=bytearray(size >> PAGE_SHIFT))
+
     # ---- tests ----
 
     def test(self, block: int) -> bool:

@@ -24,6 +24,7 @@ Callers hold a ticket (:mod:`blkckpt.disk.epoch`), exclusive when :func:`needs_c
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import cast
 
@@ -299,15 +300,33 @@ def _zero_blocks(view: View, index: int, first: int, end: int, *, punch: bool, f
 
 
 def flush(view: View, index: int = 0) -> None:
-    """Make layers ``index`` and below durable, from the bottom up (D2, D3)."""
-    view.floor.datasync()
-    for overlay in reversed(view.layers[index:]):
-        overlay.flush()
+    """Make layers ``index`` and below durable (D2, D3): map pages are taken from the top down, then the layers synced
+    from the bottom up, so that a bit that was cleared meanwhile becomes durable with the next flush.
+
+    When a sync fails, the layers above take back what they handed down and is not known to be durable there (D9).
+    """
+    layers = view.layers[index:]
+    try:
+        with contextlib.ExitStack() as taken:
+            finishes = [taken.enter_context(overlay.flushing()) for overlay in layers]
+            view.floor.datasync()
+            for finish in reversed(finishes):
+                finish()
+    except BaseException:
+        for position, overlay in enumerate(layers):
+            take_back(view, index + position, overlay)
+        raise
 
 
-def failure(view: View) -> str | None:
-    """Why the disk only serves reads, if it does (D9)."""
-    files = [overlay.file for overlay in view.layers]
+def take_back(view: View, index: int, overlay: layer.Overlay) -> None:
+    """Have *overlay*, layer *index*, take back what it handed down, if a sync below it has failed (D9)."""
+    if failure(view, index + 1) is not None:
+        overlay.take_back()
+
+
+def failure(view: View, index: int = 0) -> str | None:
+    """Why the disk, or layers ``index`` and below, only serve reads, if they do (D9)."""
+    files = [overlay.file for overlay in view.layers[index:]]
     if isinstance(view.floor, fileio.File):
         files.append(view.floor)
     return next((file.failed for file in files if file.failed is not None), None)

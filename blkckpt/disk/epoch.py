@@ -12,7 +12,7 @@ needed is asked at admission, under the lock, of the same view the request will 
 
 *Watches.*  A window of the commit copies its blocks while writers go on, and must know afterwards which of them
 somebody wrote to meanwhile: :meth:`Gate.watch` notes every ticket that meets its blocks, from those in flight at its
-beginning on.  The fast path is kept out of a watched block, so that its writes are noted as well.
+beginning on.  The fast path notes its own.
 
 *One lock.*  All gates of a VM share one lock, so that their epochs advance at one instant: a request on disk B that
 was issued after one on disk A was acknowledged can never land on the earlier side of the switch.
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +54,15 @@ class Port(Protocol[V_contra]):
     def include(self, excluded: Any) -> None:
         """Undo :meth:`exclude`, which returned *excluded*."""
 
+    def watch(self, runs: Sequence[tuple[int, int]]) -> Any:
+        """Requests that come from now on and write to *runs* are noted."""
+
+    def noted(self) -> Sequence[tuple[int, int]]:
+        """What was; for whoever excludes all of it, and has settled."""
+
+    def unwatch(self, watched: Any) -> None:
+        """Undo :meth:`watch`, which returned *watched*."""
+
     def settle(self, seconds: float) -> bool:
         """Whether every request that was in flight at the call has left within *seconds*."""
 
@@ -66,6 +76,14 @@ class NoPort(Generic[V_contra]):
         return None
 
     def include(self, excluded: Any) -> None: ...
+
+    def watch(self, runs: Sequence[tuple[int, int]]) -> Any:
+        return None
+
+    def noted(self) -> Sequence[tuple[int, int]]:
+        return ()
+
+    def unwatch(self, watched: Any) -> None: ...
 
     def settle(self, seconds: float) -> bool:
         return True
@@ -116,10 +134,11 @@ def _touches(spans: tuple[list[int], list[int]], first: int, end: int) -> bool:
 class Watch:
     """Which of some blocks were written to since it began; made by :meth:`Gate.watch`."""
 
-    __slots__ = ("_runs", "_spans", "_touched")
+    __slots__ = ("_noted", "_runs", "_spans", "_touched")
 
-    def __init__(self, runs: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, runs: Sequence[tuple[int, int]], noted: Callable[[], Sequence[tuple[int, int]]]) -> None:
         self._runs = runs
+        self._noted = noted
         self._spans = ([run[0] for run in runs], [run[1] for run in runs])
         self._touched: list[tuple[int, int]] = []
 
@@ -131,17 +150,30 @@ class Watch:
     def untouched(self) -> list[tuple[int, int]]:
         """The runs without the blocks that were written to; for whoever holds writers off."""
         left: list[tuple[int, int]] = []
-        touched = sorted(self._touched)
+        touched, position = _joined([*self._touched, *self._noted()]), 0
         for first, end in self._runs:
-            for low, high in touched:
-                if high <= first or low >= end:
-                    continue
+            while position < len(touched) and touched[position][1] <= first:
+                position += 1
+            for low, high in itertools.islice(touched, position, None):
+                if low >= end:
+                    break
                 if first < low:
                     left.append((first, low))
                 first = max(first, high)
             if first < end:
                 left.append((first, end))
         return left
+
+
+def _joined(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """*runs* in order, those that meet as one."""
+    joined: list[tuple[int, int]] = []
+    for first, end in sorted(runs):
+        if joined and first <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], end)
+        else:
+            joined.append((first, end))
+    return joined
 
 
 class Gate(Generic[V]):
@@ -201,13 +233,15 @@ class Gate(Generic[V]):
     @contextlib.contextmanager
     def watch(self, runs: Sequence[tuple[int, int]]) -> Iterator[Watch]:
         """Note who writes to the sorted, disjoint *runs* of blocks while the block lasts.  One at a time."""
-        watch = Watch(runs)
+        watch = Watch(runs, self.port.noted)
+        while not self.port.settle(SETTLE_SECONDS):  # what may still note for the watch before
+            pass
         with self.lock:
             assert self._watch is None, "two windows of one disk at a time"
             self._watch = watch
             for ticket in self._tickets:
                 watch.note(ticket.first, ticket.end)
-            excluded = self.port.exclude(runs)
+            watched = self.port.watch(runs)
         try:
             while not self.port.settle(SETTLE_SECONDS):
                 pass
@@ -215,7 +249,7 @@ class Gate(Generic[V]):
         finally:
             with self.lock:
                 self._watch = None
-                self.port.include(excluded)
+                self.port.unwatch(watched)
 
     def exclude(self, runs: Sequence[tuple[int, int]]) -> Ticket[V]:
         """Hold off everybody else's writes to the sorted, disjoint *runs* of blocks, once those in flight are done."""

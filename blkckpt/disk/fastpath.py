@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ from typing import Any
 
 from blkckpt import errors
 
-ABI = 1
+ABI = 2
+NOTES = 1024
 _POINTER, _U64, _U32, _INT, _BOOL = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int, ctypes.c_bool
 
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -30,6 +32,9 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fp_publish": (None, (_POINTER, _POINTER)),
     "fp_exclude": (None, (_POINTER, _POINTER, _U32)),
     "fp_include": (None, (_POINTER, _POINTER, _U32)),
+    "fp_watch": (None, (_POINTER, _POINTER, _U32)),
+    "fp_noted": (_U32, (_POINTER, _POINTER, _U32)),
+    "fp_unwatch": (None, (_POINTER, _POINTER, _U32)),
     "fp_counters": (None, (_POINTER, _POINTER)),
     "fp_file_new": (_POINTER, (_INT,)),
     "fp_file_free": (None, (_POINTER,)),
@@ -202,6 +207,10 @@ def _pointers(objects: Sequence[File | Map]) -> Any:
     return (ctypes.c_void_p * len(objects))(*(item.pointer for item in objects))
 
 
+def _flat(runs: Sequence[tuple[int, int]]) -> Any:
+    return (ctypes.c_uint64 * (2 * len(runs)))(*itertools.chain.from_iterable(runs))
+
+
 class Disk:
     """A disk as the filter finds it, by its export's name.  It stays known to C as long as the process lives."""
 
@@ -232,12 +241,27 @@ class Disk:
 
     def exclude(self, runs: Sequence[tuple[int, int]]) -> Any:
         """Turn away writes to *runs* of blocks; :meth:`settle` before relying on it (F5).  Returns what to include."""
-        flat = (ctypes.c_uint64 * (2 * len(runs)))(*(number for run in runs for number in run))
+        flat = _flat(runs)
         self._library.c.fp_exclude(self.pointer, flat, len(runs))
         return flat
 
     def include(self, excluded: Any) -> None:
         self._library.c.fp_include(self.pointer, excluded, len(excluded) // 2)
+
+    def watch(self, runs: Sequence[tuple[int, int]]) -> Any:
+        """Note who writes to *runs*, once it has settled.  One at a time.  Returns what to stop watching."""
+        flat = _flat(runs)
+        self._library.c.fp_watch(self.pointer, flat, len(runs))
+        return flat
+
+    def noted(self) -> list[tuple[int, int]]:
+        """The writes noted, and maybe some elsewhere.  Only while what is watched is excluded, and settled."""
+        out = (ctypes.c_uint64 * (2 * NOTES))()
+        count = self._library.c.fp_noted(self.pointer, out, NOTES)
+        return list(zip(out[0 : 2 * count : 2], out[1 : 2 * count : 2], strict=True))
+
+    def unwatch(self, watched: Any) -> None:
+        self._library.c.fp_unwatch(self.pointer, watched, len(watched) // 2)
 
     def counters(self) -> tuple[int, int, int, int]:
         """Reads, writes, bytes read, bytes written by the fast path."""

@@ -179,6 +179,13 @@ class LiveMap(blockmap.BlockMap):
             for page in pages:
                 self._dirty[page] = 1
 
+    def set_again(self, page: int, bits: bytes) -> None:
+        """Set what is set in *bits*, those of a durable page."""
+        start = page * formats.SLOT_BLOCKS
+        page_map = blockmap.BlockMap(bits.ljust(blockmap.PAGE, b"\0"), min(formats.SLOT_BLOCKS, self.blocks - start))
+        for first, end in page_map.set_runs(0, page_map.blocks):
+            self.mark(start + first, start + end)
+
     def slot_bits(self, page: int) -> bytes:
         """The bits of one durable page."""
         return self.read_bytes(page * formats.SLOT_BYTES, formats.SLOT_BYTES)
@@ -294,6 +301,10 @@ class DurableMap:
                     pages[page] = bits
             done = max(done, high)
         return pages
+
+    def read(self) -> Pages:
+        """The pages as they are in the file."""
+        return self._load_pages(clean=False)
 
     def reserve(self, low: int, high: int) -> None:
         """Allocate pages ``[low, high)``: the guest's write gets ENOSPC now, not its flush later (D10)."""

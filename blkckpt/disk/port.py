@@ -44,6 +44,15 @@ class FastPort(Port):
     def include(self, excluded: Any) -> None:
         self.disk.include(excluded)
 
+    def watch(self, runs: Sequence[tuple[int, int]]) -> Any:
+        return self.disk.watch(runs)
+
+    def noted(self) -> Sequence[tuple[int, int]]:
+        return self.disk.noted()
+
+    def unwatch(self, watched: Any) -> None:
+        self.disk.unwatch(watched)
+
     def settle(self, seconds: float) -> bool:
         return self.disk.settle(seconds)
 

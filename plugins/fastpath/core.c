@@ -3,7 +3,7 @@
  * What it serves.  Reads whose blocks all lie in plain files, across any number of layers.  Writes, zeroes and trims
  * that need no copy-up, whose map pages are backed and reserved, while no exclusive ticket (a copy-up, a window of
  * the commit or the fill) holds one of their blocks and the disk is not armed.  That includes first writes: bits are
- * set with atomic operations.  Everything else, every error among it, is FP_PASS: the same request then goes to the
+ * set with atomic operations.  A write to blocks that the commit watches is noted and served.  Everything else, every error among it, is FP_PASS: the same request then goes to the
  * plugin, which does it (again) from the start.
  *
  * What it knows.  A *view*, an immutable description of the disk's layers (blkckpt.disk.chain.View is the same
@@ -26,7 +26,7 @@
  * see the block's data: the data is written (a system call) before the bit is set with release order, and on every
  * machine Python runs on the reader's load is not reordered with the system call that follows it.
  *
- * Memory: a slot is 64 bytes, a disk 33 KiB; nothing is allocated by a request.  No lock is ever taken.
+ * Memory: a slot is 64 bytes, a disk 81 KiB; nothing is allocated by a request.  No lock is ever taken.
  */
 #define _GNU_SOURCE
 #include "core.h"
@@ -51,6 +51,7 @@ enum {
     SLOTS = 1024,    /* threads inside at a time; more are served by the plugin */
     STRIPE_SHIFT = 3,
     STRIPES = 8192, /* a window of 256 scattered runs turns away 3 % of the writes elsewhere */
+    NOTES = 1024,   /* a window of 4 MiB meets some tens; those that find no room are passed on and noted there */
 };
 
 struct fp_file {
@@ -85,6 +86,11 @@ struct fp_disk {
     _Atomic bool forgotten;
     _Atomic uint32_t excluded;          /* exclusive tickets: the stripes need not be looked at when there is none */
     _Atomic uint32_t stripes[STRIPES];  /* exclusive tickets by block >> STRIPE_SHIFT, folded */
+    _Atomic uint32_t watching, noted;
+    _Atomic uint32_t watched[STRIPES];  /* as *stripes*, of the window that the commit watches */
+    struct {
+        uint64_t first, end;
+    } notes[NOTES];
     _Atomic uint64_t reads, writes, read_bytes, written_bytes;
 };
 
@@ -233,38 +239,82 @@ static void stripes(uint64_t first, uint64_t end, uint64_t *low, uint64_t *high)
         *high = *low + STRIPES - 1;
 }
 
-static void add_runs(fp_disk *disk, const uint64_t *runs, uint32_t count, uint32_t step)
+static void add_runs(_Atomic uint32_t *table, const uint64_t *runs, uint32_t count, uint32_t step)
 {
     for (uint32_t i = 0; i < count; i++) {
         uint64_t low, high;
         stripes(runs[2 * i], runs[2 * i + 1], &low, &high);
         for (; low <= high; low++)
-            atomic_fetch_add(&disk->stripes[low % STRIPES], step);
+            atomic_fetch_add(&table[low % STRIPES], step);
     }
 }
 
 void fp_exclude(fp_disk *disk, const uint64_t *runs, uint32_t count)
 {
-    add_runs(disk, runs, count, 1);
+    add_runs(disk->stripes, runs, count, 1);
     atomic_fetch_add(&disk->excluded, 1);
 }
 
 void fp_include(fp_disk *disk, const uint64_t *runs, uint32_t count)
 {
     atomic_fetch_sub(&disk->excluded, 1);
-    add_runs(disk, runs, count, UINT32_MAX);
+    add_runs(disk->stripes, runs, count, UINT32_MAX);
+}
+
+static bool meets(_Atomic uint32_t *table, uint64_t first, uint64_t end)
+{
+    uint64_t low, high;
+    stripes(first, end, &low, &high);
+    for (; low <= high; low++)
+        if (atomic_load(&table[low % STRIPES]))
+            return true;
+    return false;
 }
 
 static bool excluded(fp_disk *disk, uint64_t first, uint64_t end)
 {
-    if (atomic_load(&disk->excluded) == 0)
+    return atomic_load(&disk->excluded) != 0 && meets(disk->stripes, first, end);
+}
+
+/* ---- the commit's watch (F5) ---- */
+
+void fp_watch(fp_disk *disk, const uint64_t *runs, uint32_t count)
+{
+    atomic_store(&disk->noted, 0);
+    add_runs(disk->watched, runs, count, 1);
+    atomic_store(&disk->watching, 1);
+}
+
+void fp_unwatch(fp_disk *disk, const uint64_t *runs, uint32_t count)
+{
+    atomic_store(&disk->watching, 0);
+    add_runs(disk->watched, runs, count, UINT32_MAX);
+}
+
+/* Whether the write may go on: it is noted if it has to be.  Before its data. */
+static bool note(fp_disk *disk, uint64_t first, uint64_t end)
+{
+    if (atomic_load(&disk->watching) == 0 || !meets(disk->watched, first, end))
+        return true;
+    const uint32_t at = atomic_fetch_add(&disk->noted, 1);
+    if (at >= NOTES)
         return false;
-    uint64_t low, high;
-    stripes(first, end, &low, &high);
-    for (; low <= high; low++)
-        if (atomic_load(&disk->stripes[low % STRIPES]))
-            return true;
-    return false;
+    disk->notes[at].first = first;
+    disk->notes[at].end = end;
+    return true;
+}
+
+/* Every write that noted anything is turned away now, or has left: their stores happen before the settle's look. */
+uint32_t fp_noted(fp_disk *disk, uint64_t *runs, uint32_t most)
+{
+    uint32_t count = atomic_load(&disk->noted);
+    count = count < NOTES ? count : NOTES;
+    count = count < most ? count : most;
+    for (uint32_t i = 0; i < count; i++) {
+        runs[2 * i] = disk->notes[i].first;
+        runs[2 * i + 1] = disk->notes[i].end;
+    }
+    return count;
 }
 
 /* ---- files ---- */
@@ -555,7 +605,8 @@ static int change(fp_disk *disk, const struct change *what, uint64_t length, uin
     if (!inside(disk, length, offset) || !(view = enter(disk)))
         return FP_PASS;
     const uint64_t until = offset + length;
-    const bool done = !view->armed && !excluded(disk, offset >> BLOCK_SHIFT, (until + BLOCK_MASK) >> BLOCK_SHIFT) &&
+    const uint64_t first = offset >> BLOCK_SHIFT, end = (until + BLOCK_MASK) >> BLOCK_SHIFT;
+    const bool done = !view->armed && !excluded(disk, first, end) && note(disk, first, end) &&
                       change_view(view, what, offset, until);
     leave();
     if (done)

@@ -9,7 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define FP_ABI 1 /* Python refuses a library of another number. */
+#define FP_ABI 2 /* Python refuses a library of another number. */
 
 enum { FP_PASS = 0, FP_DONE = 1 }; /* of a request: ask the plugin; served */
 
@@ -32,6 +32,9 @@ void fp_disk_forget(fp_disk *);          /* not found any more */
 void fp_publish(fp_disk *, fp_view *);   /* NULL: every request passes */
 void fp_exclude(fp_disk *, const uint64_t *runs, uint32_t count);
 void fp_include(fp_disk *, const uint64_t *runs, uint32_t count);
+void fp_watch(fp_disk *, const uint64_t *runs, uint32_t count); /* note who writes there; settle before relying on it */
+uint32_t fp_noted(fp_disk *, uint64_t *runs, uint32_t most);    /* what was noted; while all of it is excluded, settled */
+void fp_unwatch(fp_disk *, const uint64_t *runs, uint32_t count);
 void fp_counters(const fp_disk *, uint64_t out[4]); /* reads, writes, bytes read, bytes written */
 
 /* Wait until every request that was in flight at the call has left; 0 if *usec* were not enough (0: only look). */

@@ -179,6 +179,40 @@ def f5_settles(bench: Bench) -> None:
     assert bench.read(3) == B[:10] + b"part" + B[14:]
 
 
+def f5_noted(bench: Bench) -> None:
+    """A watch misses no write to its blocks: in flight when it began, served beside it, or too many to be noted."""
+    gate, window = bench.member().gate, [(8, 24), (100, 200)]
+
+    def untouched(before: Callable[[], object]) -> list[tuple[int, int]]:
+        with gate.watch(window) as watch:
+            before()
+            ticket = gate.exclude(window)
+            try:
+                return list(watch.untouched())
+            finally:
+                gate.finish(ticket)
+
+    def writes() -> None:
+        assert bench.vda.write(A, 8 * 4096) and bench.vda.write(A * 20, 190 * 4096) and bench.vda.write(A, 500 * 4096)
+
+    assert untouched(writes) == [(9, 24), (100, 190)]
+    assert untouched(lambda: None) == window, "of the watch before"
+
+    def many() -> None:
+        for _ in range(fastpath.NOTES):
+            assert bench.vda.write(A, 8 * 4096)
+        bench.vda.pwrite(A, 150 * 4096)
+
+    assert untouched(many) == [(9, 24), (100, 150), (151, 200)]
+    with bench.core.held(fastcore.WRITE, 10) as held:
+        written, _ = fastcore.later(lambda: bench.vda.write(B, 10 * 4096))
+        held.wait()
+        watched, _ = fastcore.later(lambda: untouched(lambda: None))
+        assert not watched.wait(0.2), "copied beside a write in flight that was not noted"
+        held.released.set()
+        assert written.wait(fastcore.WAIT) and watched.wait(fastcore.WAIT)
+
+
 # ---- F6, F7 ----
 
 
@@ -314,8 +348,8 @@ Scenario = Callable[[Bench], None]
 Patch = tuple[Any, str, Any]
 
 SCENARIOS: tuple[Scenario, ...] = (
-    f1_drain, f1_new_view, f2_files, f3_one_instant, f4_armed, f5_turned_away, f5_settles, f6_order, f6_durable,
-    f7_flush, f8_atomic, f8_space, f9_errors,
+    f1_drain, f1_new_view, f2_files, f3_one_instant, f4_armed, f5_turned_away, f5_settles, f5_noted, f6_order,
+    f6_durable, f7_flush, f8_atomic, f8_space, f9_errors,
 )  # fmt: skip
 
 SETTLED = ("            if (usec <= 0 || now_usec() >= until)\n                return 0;", "            return 1;")
@@ -328,9 +362,13 @@ C_DEFECTS: tuple[tuple[Scenario, tuple[str, str]], ...] = (
     (f1_drain, ("    atomic_fetch_add(&slot->turn, 1);\n", "    atomic_fetch_add(&slot->turn, 2);\n")),
     (f1_new_view, ("{ atomic_store(&disk->view, view); }", "{ if (!disk->view) atomic_store(&disk->view, view); }")),
     (f4_armed, ("!view->armed && ", "")),
-    (f5_turned_away, ("        if (atomic_load(&disk->stripes[low % STRIPES]))\n", "        if (0)\n")),
+    (f5_turned_away, ("        if (atomic_load(&table[low % STRIPES]))\n", "        if (0)\n")),
     (f5_turned_away, ("    *high = (end - 1) >> STRIPE_SHIFT;", "    *high = *low;")),
     (f5_settles, SETTLED),
+    (f5_noted, SETTLED),
+    (f5_noted, ("    disk->notes[at].end = end;\n", "    disk->notes[at].end = first + 1;\n")),
+    (f5_noted, ("    if (at >= NOTES)\n        return false;\n", "    if (at >= NOTES)\n        return true;\n")),
+    (f5_noted, ("    atomic_store(&disk->noted, 0);\n", "")),
     (f6_order, (PUT, FRESH + PUT)),
     (f6_order, ("        change_bits(view->changed, first, end, true);\n", "")),
     (f6_durable, (MARK, "")),
@@ -358,6 +396,8 @@ PYTHON_DEFECTS: tuple[tuple[Scenario, Patch], ...] = (
     (f3_one_instant, (epoch.Gate, "close_fast_locked", _nothing)),
     (f5_turned_away, (fastpath.Disk, "exclude", lambda self, runs: (ctypes.c_uint64 * 0)())),
     (f5_settles, (fastpath.Disk, "settle", _always)),
+    (f5_noted, (fastpath.Disk, "settle", _always)),
+    (f5_noted, (fastpath.Disk, "noted", lambda self: [])),
     (f6_durable, (fastpath.File, "take_dirty", lambda self: False)),
     (f7_flush, (fastpath, "settle", _nothing)),
 )

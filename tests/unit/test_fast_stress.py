@@ -53,6 +53,10 @@ DEFECTS = {
         "    const uint64_t until = offset + length;\n"
         "    atomic_store(&disk->excluded, 0);\n",
     ),
+    "a write is noted after its data": (
+        "note(disk, first, end) &&\n                      change_view(view, what, offset, until);",
+        "change_view(view, what, offset, until) &&\n                      (leave(), note(disk, first, end));",
+    ),
     "a bit before its data": (
         "    if (!put(file, what, offset, until - offset))\n        return false;\n",
         "    if (fresh)\n        change_bits(map, first, end, true);\n"

@@ -23,7 +23,8 @@
 
 #include "core.h"
 
-enum { GUESTS = 3, BLOCKS = 256, SIZE = BLOCKS * 4096, WORDS = 512, LONG = 60000000, MANY = 32256, WINDOW = 16 };
+enum { GUESTS = 3, BLOCKS = 256, SIZE = BLOCKS * 4096, WORDS = 512, LONG = 60000000, MANY = 32256, WINDOW = 16,
+       NOTED = 1024 };
 
 #define CHECK(true_, ...) ((true_) ? (void)0 : (fprintf(stderr, __VA_ARGS__), fputc('\n', stderr), abort()))
 
@@ -151,13 +152,48 @@ static void compare(const struct layer *layer, uint64_t block)
     CHECK(data[0] == layer->shadow[block] && data[511] == data[0], "block %lu changes under the copy", block);
 }
 
-/* A window of the commit: every WINDOW-th block from *first*. */
-static void commit_window(struct layer *overlay, uint64_t first)
+static uint32_t window_runs(uint64_t *runs, uint64_t first)
 {
-    uint64_t runs[2 * BLOCKS / WINDOW] = {0};
     uint32_t count = 0;
     for (uint64_t block = first; block < BLOCKS; block += WINDOW, count++)
         runs[2 * count] = block, runs[2 * count + 1] = block + 1;
+    return count;
+}
+
+/* A window of the commit, every WINDOW-th block from *first*, copied beside writers; those that were noted stay. */
+static void commit_watched(struct layer *overlay, uint64_t first)
+{
+    uint64_t runs[2 * BLOCKS / WINDOW] = {0}, noted[2 * NOTED], data[512];
+    const uint32_t count = window_runs(runs, first);
+    CHECK(fp_settle(LONG), "requests do not leave");
+    fp_watch(disk, runs, count);
+    CHECK(fp_settle(LONG), "requests do not leave");
+    for (uint64_t block = first; block < BLOCKS; block += WINDOW)
+        if (is_set(overlay, block)) {
+            CHECK(pread(overlay->fd, data, 4096, (off_t)block * 4096) == 4096, "pread");
+            CHECK(hooked_pwrite(base->fd, data, 4096, (off_t)block * 4096) == 4096, "pwrite");
+        }
+    fp_exclude(disk, runs, count);
+    CHECK(fp_settle(LONG), "requests do not leave");
+    const uint32_t found = fp_noted(disk, noted, NOTED);
+    for (uint64_t block = first; block < BLOCKS; block += WINDOW) {
+        bool left_alone = is_set(overlay, block);
+        for (uint32_t i = 0; i < found; i++)
+            left_alone = left_alone && (block < noted[2 * i] || block >= noted[2 * i + 1]);
+        if (!left_alone)
+            continue;
+        CHECK(base->shadow[block] == overlay->shadow[block], "block %lu was written to and not noted", block);
+        fp_map_clear(overlay->map, block, block + 1);
+    }
+    fp_include(disk, runs, count);
+    fp_unwatch(disk, runs, count);
+}
+
+/* The same with its writers held off. */
+static void commit_window(struct layer *overlay, uint64_t first)
+{
+    uint64_t runs[2 * BLOCKS / WINDOW] = {0};
+    const uint32_t count = window_runs(runs, first);
     fp_exclude(disk, runs, count);
     CHECK(fp_settle(LONG), "requests do not leave");
     for (uint64_t block = first; block < BLOCKS; block += WINDOW) {
@@ -186,6 +222,8 @@ static void *plugin(void *nothing)
             compare(base, block);
         base->frozen = 0;
         view = publish(view, overlay, 0, true, false);
+        for (uint64_t first = 0; first < WINDOW; first++)
+            commit_watched(overlay, first);
         for (uint64_t first = 0; first < WINDOW; first++)
             commit_window(overlay, first);
         for (uint64_t block = 0; block < BLOCKS; block++)
