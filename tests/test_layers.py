@@ -35,7 +35,10 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"view.parser", "view.volumes"}),
     frozenset({"view.walk"}),
     frozenset({"view.extract", "view.heatmap"}),
-    frozenset({"store.backend", "store.codec", "store.index", "store.leaves", "store.lock", "exchange.bundle"}),
+    frozenset({
+        "store.backend", "store.codec", "store.index", "store.leaves", "store.lock",
+        "store.lowly", "exchange.bundle",
+    }),
     frozenset({
         "disk.fileio", "disk.epoch", "disk.job", "control.server", "control.client", "control.quitter",
         "vm.qmp", "vm.guestagent", "vm.dialogue",

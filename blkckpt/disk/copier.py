@@ -31,7 +31,7 @@ from blkckpt import errors
 from blkckpt.disk import api, chain, fileio, job, maps
 
 MAX_LINE = 1 << 20
-NICE = 10
+NICE = 19
 KILL_AFTER = 5.0
 """Seconds a child has to end by itself after its input was closed."""
 

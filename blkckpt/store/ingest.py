@@ -15,8 +15,9 @@ at the bottom           below the overlays is the image
 no parent               everything that is not a hole
 ======================  ====================================================================================
 
-A parent of another size is no parent.  The child is niced, keeps to a rate if one is given, and holds the store's
-lock only for itself: the agent holds it until the manifest (:meth:`blkckpt.store.store.Store.hold`).
+A parent of another size is no parent.  The child gives way (:mod:`blkckpt.store.lowly`), keeps to a rate if one is
+given, and holds the store's lock only for itself: the agent holds it until the manifest
+(:meth:`blkckpt.store.store.Store.hold`).
 """
 
 from __future__ import annotations
@@ -35,9 +36,8 @@ from typing import IO, Any
 import numpy as np
 
 from blkckpt import errors, log
-from blkckpt.store import frozen, images, layout, store
+from blkckpt.store import frozen, images, layout, lowly, store
 
-NICE = 10
 _INTERVAL = 0.2
 """Seconds between progress lines."""
 
@@ -296,7 +296,7 @@ def _watch_input(descriptor: int) -> None:
 def main() -> int:
     """Read the job, do it, say how it went; the exit status is 0 or 1."""
     log.setup()
-    os.nice(max(NICE - os.nice(0), 0))
+    lowly.give_way()
     out = sys.stdout.buffer
     try:
         signal.signal(signal.SIGTERM, _stop)
