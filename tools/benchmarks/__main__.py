@@ -31,8 +31,9 @@ Examples:
   tools/bench io --dir /mnt/fast      on another file system
 
 \b
-A ratio compares medians. "bar" is what the project promises; "missed" means it was not reached here.
-The JSON is {"when", "machine", "figures": [{"name", "unit", "value", "peers", "bar", "holds"}]}.
+A ratio compares medians. "bar" is what the project promises; "missed" means it was not reached here; "ceiling" is
+what a server reaches there that does nothing but read and write the file.
+The JSON is {"when", "machine", "notes", "figures": [{"name", "unit", "value", "peers", "bar", "holds", "ceiling"}]}.
 Exit code: 0 measured, 1 failed, or with --strict when a bar was missed.
 """
 
@@ -49,6 +50,11 @@ def _measure(names: list[str], directory: Path, quick: bool, console: Console) -
         with tempfile.TemporaryDirectory(prefix=f"blkckpt-bench-{name}-", dir=directory) as own:
             found += bench.run(context.Context(Path(own), quick, console))
     return found
+
+
+def _notes(name: str) -> str:
+    """What one must know to read the figures of bench *name*, if there is something."""
+    return str(getattr(importlib.import_module(f"benchmarks.bench_{name}"), "NOTES", ""))
 
 
 @click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -80,10 +86,14 @@ def main(
     except context.BenchError as error:
         console.print(f"[red]bench:[/] {error}", highlight=False)
         sys.exit(1)
+    notes = {name: text for name in chosen if (text := _notes(name))}
+    result["notes"] = notes
     result["figures"] = [figure.as_json() for figure in found]
     output = Console()
     output.width = max(output.width, MIN_WIDTH)
     output.print(figures.table(found))
+    for text in notes.values():
+        output.print(text, highlight=False)
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     if chart_path is not None:

@@ -62,13 +62,18 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One named result; *bar* is None for context that nothing is demanded of."""
+    """One named result; *bar* is None for context that nothing is demanded of.
+
+    *ceiling* is what a server that does nothing but read and write the file reaches in its place, in the same run: a
+    bar above it asks for more than the client, the socket and the processors of this machine let through.
+    """
 
     name: str
     unit: str
     value: float
     peers: Mapping[str, Samples] = field(default_factory=dict)
     bar: Bar | None = None
+    ceiling: float | None = None
 
     @property
     def holds(self) -> bool | None:
@@ -82,12 +87,17 @@ class Figure:
             "peers": {name: samples.as_json() for name, samples in self.peers.items()},
             "bar": None if self.bar is None else str(self.bar),
             "holds": self.holds,
+            "ceiling": self.ceiling,
         }
 
 
-def ratio(name: str, over: str, under: str, peers: Mapping[str, Samples], bar: Bar | None) -> Figure:
-    """The figure "median of *over* ÷ median of *under*"."""
-    return Figure(name, "x", peers[over].median / peers[under].median, peers, bar)
+def ratio(
+    name: str, over: str, under: str, peers: Mapping[str, Samples], bar: Bar | None, ceiling: str | None = None
+) -> Figure:
+    """The figure "median of *over* ÷ median of *under*"; *ceiling* names the peer that does nothing."""
+    below = peers[under].median
+    most = None if ceiling is None else peers[ceiling].median / below
+    return Figure(name, "x", peers[over].median / below, peers, bar, most)
 
 
 def number(value: float) -> str:
@@ -105,10 +115,13 @@ def table(found: Sequence[Figure]) -> Table:
     result.add_column("value", justify="right", no_wrap=True)
     result.add_column("bar", justify="right", no_wrap=True)
     result.add_column("", no_wrap=True)
+    result.add_column("ceiling", justify="right", no_wrap=True)
     result.add_column("measured: median (range)")
     for figure in found:
         verdict = {True: "[green]holds[/]", False: "[red]missed[/]", None: ""}[figure.holds]
         measured = "\n".join(f"{name}: {samples}" for name, samples in figure.peers.items())
         unit = figure.unit if figure.unit == "x" else f" {figure.unit}"
-        result.add_row(figure.name, f"{number(figure.value)}{unit}", str(figure.bar or ""), verdict, measured)
+        ceiling = "" if figure.ceiling is None else f"{number(figure.ceiling)}{unit}"
+        value = f"{number(figure.value)}{unit}"
+        result.add_row(figure.name, value, str(figure.bar or ""), verdict, ceiling, measured)
     return result

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from blkckpt import errors
 
 QEMU = {"copy": "qemu drive-backup", "commit": "qemu block-commit"}
 SIZE = 512 << 20
+MATRIX_SIZE = 256 << 20
+SETTLE = 1.0
 LIMIT_QUICK, LIMIT_FULL = 30.0, 120.0
 """Seconds that a job gets under full load; one that has not ended by then has not finished."""
 
@@ -41,11 +43,11 @@ class Outcome:
     finished: bool
 
 
-def _beside(uri: str, context_: context.Context, job: Callable[[], bool], settle: float) -> Outcome:
-    """Writes alone for a while, then with *job* until it ends.  *settle* seconds of warming up are not counted."""
-    rest = context_.pick(2, 5)
-    with fio.stream(uri, WRITE, SIZE, context_.directory) as load:
-        time.sleep(settle + rest)  # a measured window, not a wait for anything
+def _beside(uri: str, context_: context.Context, cell: fio.Cell, size: int, job: Callable[[], bool]) -> Outcome:
+    """The load alone for a while, then with *job* until it ends.  :data:`SETTLE` of warming up are not counted."""
+    rest = 2.0
+    with fio.stream(uri, cell, size, context_.directory) as load:
+        time.sleep(SETTLE + rest)  # a measured window, not a wait for anything
         began = time.time()
         finished = job()
         ended = time.time()
@@ -57,15 +59,17 @@ def _beside(uri: str, context_: context.Context, job: Callable[[], bool], settle
 
 
 class Disks:
-    """Makes the same disk for every sample."""
+    """Makes the same disk of *size* bytes for every sample, and puts the load *cell* on it."""
 
-    def __init__(self, context_: context.Context, server: product.Server) -> None:
-        self._context, self._server = context_, server
+    def __init__(
+        self, context_: context.Context, server: product.Server, *, cell: fio.Cell = WRITE, size: int = SIZE
+    ) -> None:
+        self._context, self._server, self._cell, self._size = context_, server, cell, size
         self._limit = context_.pick(int(LIMIT_QUICK), int(LIMIT_FULL))
         self._base = context_.directory / "jobs.raw"
 
     def _fresh(self, kind: str) -> Path:
-        context.random_file(self._base, SIZE)
+        context.random_file(self._base, self._size)
         if kind == "commit":
             context.forget(self._base)
         return self._base
@@ -74,7 +78,7 @@ class Disks:
         base, directory = self._fresh(kind), self._context.directory
         with self._server.switched(base, directory) as (vm, connection, store):
             uri = product.uri(vm)
-            fio.allocate(uri, SIZE, directory, "4k")
+            fio.allocate(uri, self._size, directory, "4k")
             context.settle()
             begin = (lambda: connection.copy(store, {"vda": None})) if kind == "copy" else connection.abort
 
@@ -85,20 +89,20 @@ class Disks:
                     return False
                 return True
 
-            return _beside(uri, self._context, job, 1.0)
+            return _beside(uri, self._context, self._cell, self._size, job)
 
     def qemu(self, kind: str) -> Outcome:
         base, directory = self._fresh(kind), self._context.directory
         with qemu.daemon(base, directory, overlay=kind == "commit") as served:
             if kind == "commit":
-                fio.allocate(served.uri, SIZE, directory, "4k")
+                fio.allocate(served.uri, self._size, directory, "4k")
             context.settle()
 
             def job() -> bool:
-                wait = qemu.backup(served, directory, SIZE) if kind == "copy" else qemu.commit(served)
+                wait = qemu.backup(served, directory, self._size) if kind == "copy" else qemu.commit(served)
                 return wait(self._limit)
 
-            return _beside(served.uri, self._context, job, 1.0)
+            return _beside(served.uri, self._context, self._cell, self._size, job)
 
 
 def run(context_: context.Context, server: product.Server, label: str) -> list[figures.Figure]:
@@ -117,9 +121,28 @@ def run(context_: context.Context, server: product.Server, label: str) -> list[f
             label: functools.partial(sample, label, functools.partial(disks.ours, kind)),
             theirs: functools.partial(sample, theirs, functools.partial(disks.qemu, kind)),
         }
-        kept = context_.round_robin(context_.pick(1, 5), samplers, "x")
+        kept = context_.round_robin(context_.pick(1, 3), samplers, "x")
         found += _figures(kind, label, theirs, kept, outcomes)
     (context_.directory / "jobs.raw").unlink(missing_ok=True)
+    return found
+
+
+def matrix(
+    context_: context.Context, server: product.Server, label: str, cells: Sequence[fio.Cell]
+) -> list[figures.Figure]:
+    """What other loads than :data:`WRITE` keep of their throughput, and how their latency grows; ours alone, once."""
+    found = []
+    for kind in QEMU:
+        context_.say(f"every load during a {kind}: {label}")
+        for cell in cells:
+            one = Disks(context_, server, cell=cell, size=MATRIX_SIZE).ours(kind)
+            context_.say(f"  {cell.name}: keeps {one.kept:.2f}, 99th percentile x{one.slower:.1f}, {one.seconds:.1f} s")
+            peers = {
+                label: figures.Samples([one.kept], "x"),
+                "99th percentile": figures.Samples([one.slower], "x"),
+                "the job": figures.Samples([one.seconds], "s"),
+            }
+            found.append(figures.Figure(f"during_{kind}_{cell.name}", "x", one.kept, peers))
     return found
 
 
