@@ -35,7 +35,8 @@ class Source(Protocol):
     @property
     def size(self) -> int: ...
 
-    def read(self, offset: int, length: int) -> bytes: ...
+    def read_into(self, buf: memoryview, offset: int) -> None:
+        """Fill *buf* with what is at *offset*; all of it is inside the image."""
 
     def extents(self, offset: int, length: int) -> Iterable[tuple[int, int, bool]]:
         """Yield ``(offset, length, is_zero)``, ascending and without gaps."""

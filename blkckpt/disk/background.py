@@ -12,6 +12,9 @@ from blkckpt.disk import job, layer, member, statefile
 
 T = TypeVar("T")
 
+FILL_RESTS = 9
+"""Nothing waits for a fill, and a guest that reads what is not there yet needs the processors to decompress it."""
+
 RETRY_FIRST, RETRY_MOST = 1.0, 30.0
 """Pauses before work that met an error (ENOSPC in the base, a store not mounted) is tried again."""
 
@@ -146,7 +149,7 @@ class Filler:
                 return
 
     def _fill(self, item: member.Member, stop: threading.Event) -> None:
-        pace = job.Pace(stop, lambda: item.activity)
+        pace = job.Pace(stop, lambda: item.activity, rests=FILL_RESTS)
 
         def fill() -> formats.DiskState:
             state = item.fill(pace, lambda done, total: None)

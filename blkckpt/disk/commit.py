@@ -48,10 +48,6 @@ HOLE_SHARE = 256
 """A hole costs its window this fraction of its length (a punch and some bits): half a TiB that was trimmed took 16 s
 when holes counted in full."""
 
-COPY_STEP = 64 << 10
-"""Written in larger pieces the base would be in large folios of the page cache, where each small write of the guest
-later costs up to 20 us more (ext4 looks at every buffer of the folio)."""
-
 Gate = epoch.Gate[chain.View]
 
 
@@ -63,7 +59,7 @@ def run(gate: Gate, overlay: layer.Overlay, pace: job.Pace, progress: Callable[[
     """
     total = overlay.bits.count() << blocks.SHIFT
     done = 0
-    scratch = bytearray(COPY_STEP)
+    scratch = bytearray(blocks.PIECE)
     progress(0, total)
     for number in range(PASSES):
         move = _move if number < PASSES - 1 else _move_alone

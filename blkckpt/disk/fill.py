@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from blkckpt.disk import blocks, chain, epoch, job, layer
 
-DATA_STEP = 1 << 20
+DATA_STEP = 256 << 10
 ZERO_STEP = 256 << 20
 """A stretch of zeros costs one punch and some bits, so its step is only bounded by the time to set them."""
 
@@ -60,8 +60,16 @@ def _fill(gate: Gate, file: layer.Overlay, image: layer.ImageFloor, offset: int,
             if is_zero:
                 file.file.zero(start, count)
             else:
-                with memoryview(data)[start - offset : start - offset + count] as part:
-                    file.file.pwrite(part, start)
+                _write(file, data, start - offset, start, count)
             file.bits.mark(low, high)
     finally:
         gate.finish(ticket)
+
+
+def _write(file: layer.Overlay, data: bytearray, position: int, start: int, count: int) -> None:
+    """Write ``data[position : position + count]`` at *start*."""
+    with memoryview(data) as whole:
+        for at, step in blocks.pieces(start, count, blocks.PIECE):
+            low = position + at - start
+            with whole[low : low + step] as part:
+                file.file.pwrite(part, at)

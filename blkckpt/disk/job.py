@@ -128,12 +128,11 @@ class Registry:
 class Pace:
     """How background work leaves the machine to the guest: told of each piece of it.
 
-    While the guest is active the work rests :data:`SHARE` times as long as it worked: a quarter of a processor and of
-    the disk's time at most, but never less than :data:`FLOOR`, so that it ends whatever the guest does.  An idle guest
-    does not slow it.  A *rate* in bytes a second bounds it in any case.
+    While the guest is active the work rests *rests* times as long as it worked, 3 times if nothing else is said: a
+    quarter of a processor and of the disk's time at most, but never less than :data:`FLOOR`, so that it ends whatever
+    the guest does.  An idle guest does not slow it.  A *rate* in bytes a second bounds it in any case.
     """
 
-    SHARE = 3
     FLOOR = 16 << 20
     """Bytes a second, of those that are told, however slow the disk is."""
 
@@ -141,8 +140,16 @@ class Pace:
     """Seconds of work without a rest.  Where guest, server and this share the processors, the scheduler lets 3 ms of
     work pass before it turns to them again: with one rest in 16 ms that was the guest's 99th percentile."""
 
-    def __init__(self, stop: threading.Event, activity: Callable[[], int] = lambda: 0, rate: int | None = None) -> None:
+    def __init__(
+        self,
+        stop: threading.Event,
+        activity: Callable[[], int] = lambda: 0,
+        rate: int | None = None,
+        *,
+        rests: float = 3,
+    ) -> None:
         self.stop = stop
+        self._rests = rests
         self._activity = activity
         self._rate = rate
         self._seen = activity()
@@ -161,7 +168,7 @@ class Pace:
         if worked < self.SLICE:
             return
         seen = self._activity()
-        pause = min(worked * self.SHARE, self._moved / self.FLOOR) if seen != self._seen else 0.0
+        pause = min(worked * self._rests, self._moved / self.FLOOR) if seen != self._seen else 0.0
         if self._rate:
             pause = max(pause, self._moved / self._rate - worked)
         if pause > 0:

@@ -165,9 +165,11 @@ class ImageFloor:
             position, until = 0, max(0, min(len(view), self.source.size - offset))
             while position < until:
                 step = min(until - position, SOURCE_STEP)
-                view[position : position + step] = self.source.read(offset + position, step)
+                with view[position : position + step] as part:
+                    self.source.read_into(part, offset + position)
                 position += step
-            view[position:] = bytes(len(view) - position)
+            if position < len(view):
+                view[position:] = bytes(len(view) - position)
 
     def segments(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         inside = max(0, min(length, self.source.size - offset))

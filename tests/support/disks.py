@@ -29,8 +29,8 @@ class MemoryImage:
     def size(self) -> int:
         return len(self.data)
 
-    def read(self, offset: int, length: int) -> bytes:
-        return self.data[offset : offset + length]
+    def read_into(self, buf: memoryview, offset: int) -> None:
+        buf[:] = self.data[offset : offset + len(buf)]
 
     def extents(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         for start in range(offset, offset + length, 4096):
