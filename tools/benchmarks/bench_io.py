@@ -66,12 +66,13 @@ MORE = (
 
 NOTES = f"""\
 io: bars above the "ceiling".  Client and server are one process each, on the same processors.  A 4 KiB
-operation at depth 32 costs fio 9 to 12 us and nbdkit 8 to 11 us of processor, three quarters of it in the
-kernel (socket, wake-up, copy); so neither {FILE} nor anything else behind this socket goes beyond some 100,000
-a second on two processors, while {QCOW2} takes 26 us for a read and 51 us for a write, on two threads.  fio's
-own share (its code, not the system calls) is a quarter: another client would not move the ceiling by more.
-What the server costs a guest's processors is in the figures named "…_cpu_us"; they do not depend on the client."""
-"""Measured with ``getrusage`` of both sides, 2 processors, fio 3.33, nbdkit 1.32."""
+operation at depth 32 costs fio 9 to 12 us and nbdkit 8 to 11 us of processor, three quarters and seven eighths
+of it in the kernel (socket, wake-up, copy); so neither {FILE} nor anything else behind this socket goes beyond
+some 100,000 a second on two processors, while {QCOW2} takes 26 us for a read and 51 us for a write, on two
+threads.  fio's own share (its code, not the system calls) is a quarter: another client would not move the
+ceiling by more. What the server costs a guest's processors is in the figures named "…_cpu_us"; they do not
+depend on the client."""
+"""From fio's own account (``usr_cpu``, ``sys_cpu``) and the server's ``/proc/PID/stat``; fio 3.33, nbdkit 1.32."""
 
 Samples = Mapping[str, figures.Samples]
 Serve = Callable[[Path, Path], AbstractContextManager[str]]
