@@ -7,6 +7,7 @@ may hold: streams of its own, and locks that the interpreter makes anew.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ def fork(run: Callable[[], int], kept: set[int]) -> int:
         os.setsid()
         for number in (*SIGNALS, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
+        gc.freeze()  # of the command's garbage: mappings close their descriptors, whose numbers are other files by then
         _close_all_but({2, *kept})
         for standard in (os.open(os.devnull, os.O_RDWR), os.open(os.devnull, os.O_RDWR)):  # 0 and 1
             os.set_inheritable(standard, True)
