@@ -31,7 +31,9 @@ Rules:
 * **A4** One checkpoint of a VM has its turn at a time, from its beginning until its memory is saved: a second is
   refused at once, or waits.  After that any number may be under way, up to a limit of the disks.
 
-Write order: disk images and memory images are durable, then the manifest, then the overlays are committed.
+Write order: disk images and memory images are durable, then the manifest, then the overlays are committed.  With
+``--retain`` the frozen layers are durable and marked in place of images (:mod:`blkckpt.disk.retaining`), the references
+that stand for them are put (:func:`blkckpt.store.keeping.refer`), then the manifest; the overlays stay.
 
 Crash windows (of the agent, or all of it at once):
 

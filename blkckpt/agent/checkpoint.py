@@ -7,7 +7,7 @@ Timings (seconds, in the manifest)::
     stopped   QEMU's STOP -> RESUME, by QEMU's own event times
     switch    RESUME -> the disks' switch; negative: before it     (the guest is not held up by it)
     memory    migrate sent -> memory and device state durable
-    copy      copy asked for -> the disks' images durable
+    copy      copy asked for -> the disks' images durable        (retained: -> their frozen layers durable)
     publish   the manifest
     commit    commit asked for -> the disks at rest                (added when it is over)
     total     everything, from the first request
@@ -29,7 +29,7 @@ from blkckpt import errors, paths
 from blkckpt.agent import consistency, guard, history, machine, options, plan, receiver, turn
 from blkckpt.control import client, messages
 from blkckpt.disk import barrier
-from blkckpt.store import evidence, manifest
+from blkckpt.store import evidence, keeping, manifest
 from blkckpt.store import store as stores
 from blkckpt.vm import guestagent, qmp, screen
 
@@ -148,7 +148,7 @@ class Checkpoint:
         self._progress("prepare", 0, None)
         self._parents = self._history.disk_parents(self._control.status()["disks"])
         with self._timed("prepare"):
-            self._control.prepare(self.name)
+            self._control.prepare(self.name, retain=self._options.retain)
         self._prepared = True
 
     def _start_guard(self, *, frozen: bool) -> None:
@@ -316,7 +316,12 @@ class Checkpoint:
 
     def _start_copy(self) -> None:
         self._begun["copy"] = time.monotonic()
-        self._copy = self._control.copy(self._store.path.resolve(), self._parents, self._options.rate)
+        place = self._store.path.resolve()
+        if self._options.retain:
+            images = {name: uuid.uuid4().hex for name in self._control.welcome.disks}
+            self._copy = self._control.retain(place, self._id, images)
+        else:
+            self._copy = self._control.copy(place, self._parents, self._options.rate)
         if self._options.screenshot and self._guest is not None:
             self._take_screen(self._guest)
 
@@ -410,9 +415,12 @@ class Checkpoint:
             timings=dict(self._timings),
             notes=tuple(self._notes),
             group=self._meeting.info() if self._meeting else None,
+            retained=self._options.retain,
         )
         self._publishing = True
-        with self._timed("publish"):
+        with self._timed("publish"), contextlib.ExitStack() as claims:
+            if built.retained:
+                keeping.refer(self.vm, self._store, built, claims)
             self._store.put_manifest(built, self._options.labels)
         self._published = built
         if self._screen is not None:
@@ -468,6 +476,9 @@ class Checkpoint:
             with contextlib.suppress(errors.NotFoundError):
                 if self._store.manifest(self.vm.name, self.name).id == self._id:
                     self._store.remove(self.vm.name, self.name, pinned=True)
+                    if self._options.retain:
+                        with contextlib.suppress(client.GoneError):
+                            self._wait_job("commit", self._control.review())
 
     def _remove_memory(self) -> None:
         if self._receiver is not None:

@@ -84,7 +84,15 @@ def _check_unfinished(vm: paths.VmPaths) -> None:
 def _check_at_rest(vm: paths.VmPaths) -> None:
     if not vm.definition.exists() or not vm.state.exists():
         return
-    held = [disk.name for disk in _state(vm).disks if disk.overlays and disk.source is None]
+    state = _state(vm)
+    marks = [item.retained for disk in state.disks for item in disk.overlays if item.retained]
+    if marks:
+        kept = ", ".join(dict.fromkeys(mark.checkpoint for mark in marks))
+        raise errors.StateError(
+            f"the disks of VM {vm.name} keep its retained checkpoints ({kept}); flatten them (blkckpt flatten "
+            f"{vm.name}) or give them up (blkckpt commit {vm.name}) first"
+        )
+    held = [disk.name for disk in state.disks if disk.overlays and disk.source is None]
     if held:
         raise errors.StateError(
             f"the newest writes to {', '.join(held)} of VM {vm.name} are not in its base file yet (a checkpoint was "

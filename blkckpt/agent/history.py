@@ -26,7 +26,7 @@ class History:
 
         *disks* as the disk server's status has them.
         """
-        last = {disk.name: disk for one in self._previous for disk in one.disks}
+        last = {disk.name: disk for one in self._previous if not one.retained for disk in one.disks}
         found: dict[str, str | None] = {}
         for disk in disks:
             name, since = disk["name"], disk.get("changed_since")

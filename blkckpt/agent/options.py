@@ -22,6 +22,7 @@ class CheckpointOptions:
     for lazy restore.  *rate*: bytes a second of the disk copy.  *qmp*: the QMP socket if it is not the VM's own.
     *notes*: sentences to keep in the manifest.  *wait*: seconds to wait for a checkpoint that has its turn.
     *labels*: tags, and whether it is pinned.  *screenshot*: a picture of the guest's screen is kept with it.
+    *retain*: the disks are not copied; their frozen layers are kept.
     """
 
     name: str | None = None
@@ -35,3 +36,4 @@ class CheckpointOptions:
     wait: float = 0.0
     labels: labels.Labels = labels.NONE
     screenshot: bool = False
+    retain: bool = False

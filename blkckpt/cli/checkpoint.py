@@ -34,6 +34,7 @@ KEPT = 2
         "blkckpt checkpoint web",
         "blkckpt checkpoint web --name before-upgrade --note 'kernel 6.1.90'",
         "blkckpt checkpoint web db --name nightly     both, stopped at the same time: a consistency group",
+        "blkckpt checkpoint web --retain               the disks are not copied: fast, and made so later by flatten",
         "blkckpt checkpoint web --tag nightly --pin",
         "blkckpt checkpoint db --disk-only --guest-agent /run/db-qga.sock",
         "blkckpt checkpoint web --rate 50M --json | jq '.stopped_ms, .added_bytes'",
@@ -65,6 +66,11 @@ KEPT = 2
     help="With --disk-only: freeze the guest's file systems for it, through the QEMU guest agent.",
 )
 @click.option("--screenshot", is_flag=True, help="Keep a picture of the guest's screen, taken just after it goes on.")
+@click.option(
+    "--retain", is_flag=True,
+    help="Copy no disk: its frozen layers are kept as the checkpoint, and the VM goes on in a layer above them, until "
+    "`flatten` or `commit`.",
+)  # fmt: skip
 @click.option("--qmp", type=click.Path(path_type=Path), metavar="SOCKET", help="QEMU's QMP socket, if not our own.")
 @click.option(
     "--keep-memory", type=click.IntRange(0), default=KEPT, show_default=True, metavar="N",
@@ -88,6 +94,7 @@ def command(
     disk_only: bool,
     guest_agent: Path | None,
     screenshot: bool,
+    retain: bool,
     qmp: Path | None,
     keep_memory: int,
     rate: str | None,
@@ -113,6 +120,7 @@ def command(
         wait=wait,
         labels=labels.Labels(pinned=pinned).tag(tags),
         screenshot=screenshot,
+        retain=retain,
     )
     _check_choices(options, len(members))
     for vm, _ in members:
@@ -174,6 +182,8 @@ def _check_choices(options: agent.CheckpointOptions, count: int) -> None:
         raise errors.InputError("--screenshot needs the hypervisor; leave out --disk-only")
     if options.guest_agent and not options.disks_only:
         raise errors.InputError("--guest-agent goes with --disk-only: a checkpoint with memory needs no freezing")
+    if options.retain and options.rate is not None:
+        raise errors.InputError("--rate is for copying the disks, and --retain copies none; leave one out")
     if options.rate is not None and options.rate < 1:
         raise errors.InputError("--rate must be at least one byte a second")
 
@@ -222,7 +232,8 @@ def _sentence(taken: manifest.Manifest, added: int) -> str:
     pause = (
         "the guest was not stopped" if stopped is None else f"the guest stopped for {units.format_duration(stopped)}"
     )
+    kept = "; its disks are retained as layers of the VM" if taken.retained else ""
     return (
         f"{taken.vm}@{taken.name}: {pause}; {units.format_size(describe.size(taken))} saved in "
-        f"{units.format_duration(taken.timings.get('total', 0.0))}, {units.format_size(added)} added to the store"
+        f"{units.format_duration(taken.timings.get('total', 0.0))}, {units.format_size(added)} added to the store{kept}"
     )

@@ -11,7 +11,7 @@ from blkckpt.cli import output
 from blkckpt.store import evidence, labels, manifest
 
 KEYS = (
-    "vm, name, id, created, parent, consistency: machine|crash|filesystem, notes, tags, pinned, size, "
+    "vm, name, id, created, parent, consistency: machine|crash|filesystem, retained, notes, tags, pinned, size, "
     "boot: null or {alive, sign: agent|console|processors, seconds, when, message}, screenshot: null or {when, source, "
     "size}, "
     "disks: [{name, size, image}], memory: null or {size, state_size, blocks: [{name, size, page_size, image}]}, "
@@ -32,6 +32,7 @@ def keys(
         "created": output.timestamp(one.created_ns),
         "parent": one.parent,
         "consistency": one.consistency,
+        "retained": one.retained,
         "notes": [*one.notes, *marked.notes],
         "tags": list(marked.tags),
         "pinned": marked.pinned,
@@ -77,6 +78,8 @@ def text(one: manifest.Manifest, marked: labels.Labels = labels.NONE, seen: evid
     if one.machine:
         head["machine"] = f"{one.machine.machine_type}, {one.machine.accel}, QEMU {one.machine.qemu_version}"
         head["command"] = shlex.join(one.machine.argv)
+    if one.retained:
+        head["retained"] = f"its disks are layers of VM {one.vm}; `blkckpt flatten {one.vm}@{one.name}` copies them"
     if marked.tags:
         head["tags"] = ", ".join(marked.tags)
     if marked.pinned:
@@ -121,7 +124,7 @@ def _row(lead: str, one: manifest.Manifest, marked: labels.Labels, seen: evidenc
     return (
         f"{lead}{one.vm}@{one.name}",
         output.local_time(one.created_ns),
-        one.consistency,
+        f"{one.consistency}, retained" if one.retained else one.consistency,
         units.format_size(sum(disk.size for disk in one.disks)),
         units.format_size(_ram(one.memory)) if one.memory else "-",
         one.parent or "-",

@@ -28,6 +28,8 @@ VERBS = {
     "serve": "Serve a VM's disks without starting a hypervisor.",
     "stop": "Stop a VM that blkckpt runs or serves.",
     "checkpoint": "Take a checkpoint of a running VM.",
+    "flatten": "Copy a retained checkpoint into the store, online.",
+    "commit": "Give a retained checkpoint up, online.",
     "schedule": "Take checkpoints of a VM regularly.",
     "agent": "Work off the schedules: the daemon.",
     "list": "List checkpoints.",

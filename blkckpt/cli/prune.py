@@ -107,7 +107,9 @@ def command(
             output.write(_table(verdicts))
         count = f"{len(gone)} checkpoint{'s' if len(gone) > 1 else ''}"
         verb.confirm(f"Remove {count}?", yes=yes)
-    removed = [str(one) for one in gone if dry_run or _remove(ours, one)]
+    retained: list[tuple[str, str]] = []
+    removed = [str(one) for one in gone if dry_run or _remove(ours, one, retained)]
+    rm.settle_all(ours, retained)
     reports = None
     if collect and removed and not dry_run:
         threshold = repacking.THRESHOLD if repack else None
@@ -165,9 +167,10 @@ def _candidate(one: session.Found, pins: dict[str, list[str]], owners: dict[str,
     return retention.Candidate(one.manifest.name, one.manifest.created_ns, frozenset(marked.tags), marked.pinned, uses)
 
 
-def _remove(ours: session.Session, one: _Verdict) -> bool:
+def _remove(ours: session.Session, one: _Verdict, retained: list[tuple[str, str]]) -> bool:
     try:
-        rm.discard(ours, one.manifest.vm, one.place, one.manifest.name)
+        if rm.discard(ours, one.manifest.vm, one.place, one.manifest.name):
+            retained.append((one.manifest.vm, one.manifest.name))
     except errors.StateError as error:  # pinned meanwhile
         click.echo(f"blkckpt: {error}", err=True)
         return False

@@ -68,4 +68,5 @@ def _report(what: str, done: tuple[revert.Reverted, ...], as_json: bool) -> None
         return
     for one in done:
         written, compared = units.format_size(one.written), units.format_size(one.compared)
-        output.write(f"disk {one.name} is back at {what}: {written} of {compared} differed")
+        how = f"{written} of {compared} differed" if one.compared else "its layers were there, nothing was copied"
+        output.write(f"disk {one.name} is back at {what}: {how}")

@@ -18,8 +18,9 @@ KEYS = (
     "vms: [{vm, state: running|serving|stopped, supervisor, server, machine, console, log, phase: "
     "rest|prepared|armed|switched|committing, checkpoint (the newest under way), "
     "checkpoints (all of them, oldest first: name, stage, copied), job: null or {kind, state, done, total}, warning, "
-    "disks: [{name, path, size, uri, overlay_bytes, depth, epoch, in_flight, filled, changed_bytes, reads, writes, "
-    "read_bytes, written_bytes, fast_requests, flushes, error}]}]; null where a VM that does not run has no answer; "
+    "disks: [{name, path, size, uri, retained: [CKPT] (whose layers it keeps), overlay_bytes, depth, epoch, in_flight, "
+    "filled, changed_bytes, reads, writes, read_bytes, written_bytes, fast_requests, flushes, error}]}]; "
+    "null where a VM that does not run has no answer; "
     "fast_requests: of reads and writes, those that the C fast path served, null if it is not loaded"
 )
 
@@ -127,6 +128,7 @@ def _disk(vm: paths.VmPaths, disk: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{key: disk.get(key) for key in _SAME},
         "uri": f"nbd+unix:///{disk.get('name')}?socket={socket}",
+        "retained": [overlay["retained"] for overlay in reversed(overlays) if overlay.get("retained")],
         "overlay_bytes": sum(overlay.get("bytes", 0) for overlay in overlays),
         "depth": 1 + len(overlays),
         "fast_requests": disk.get("fast_requests"),
@@ -143,11 +145,17 @@ def _overview(found: list[dict[str, Any]]) -> str:
             one["phase"] or "-",
             ", ".join(each["name"] for each in one["checkpoints"]) or "-",
             under_way(one),
-            one["warning"] or "",
+            "; ".join(filter(None, (one["warning"], _retained(one)))),
         )
         for one in found
     ]
     return output.table(("VM", "STATE", "DISKS ARE", "CHECKPOINT", "UNDER WAY", "NOTE"), rows)
+
+
+def _retained(one: Mapping[str, Any]) -> str | None:
+    """Which checkpoints the disks keep."""
+    kept = list(dict.fromkeys(name for disk in one["disks"] for name in disk["retained"]))
+    return f"its disks keep {', '.join(kept)}" if kept else None
 
 
 def under_way(one: Mapping[str, Any]) -> str:

@@ -26,9 +26,9 @@ SHOWN = 20
         "blkckpt verify --boot web@latest --deadline 300 --json | jq .boot.sign",
     ),
     keys=(
-        "ok, checkpoints, images, packs, chunks, bytes, seconds, problem_count, problems: [{where, what}], "
-        "stores: [path]; with --boot: vm, checkpoint, boot: {alive, sign, seconds, when, message}, "
-        "screenshot: null or {when, source, size}"
+        "ok, checkpoints, images, retained (of the images, layers of a VM, without hashes), packs, chunks, bytes, "
+        "seconds, problem_count, problems: [{where, what}], stores: [path]; with --boot: vm, checkpoint, "
+        "boot: {alive, sign, seconds, when, message}, screenshot: null or {when, source, size}"
     ),
 )
 @verb.optional_target_argument
@@ -107,6 +107,7 @@ def _keys(reports: Sequence[check.Report]) -> dict[str, Any]:
         "ok": all(one.ok for one in reports),
         "checkpoints": sum(one.checkpoints for one in reports),
         "images": sum(one.images for one in reports),
+        "retained": sum(one.retained for one in reports),
         "packs": sum(one.packs for one in reports),
         "chunks": sum(one.chunks for one in reports),
         "bytes": sum(one.bytes for one in reports),
@@ -126,4 +127,9 @@ def _text(reports: Sequence[check.Report]) -> str:
         f"{'damaged' if lines else 'whole'}: {found['checkpoints']} checkpoints, {found['images']} images, "
         f"{found['chunks']} chunks; {units.format_size(found['bytes'])} read{rate}"
     )
+    if found["retained"]:
+        lines.append(
+            f"{found['retained']} of the images are retained layers: they are there and their maps are whole, but what "
+            "they hold can only be verified when they are flattened"
+        )
     return "\n".join(lines)

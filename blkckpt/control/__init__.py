@@ -39,7 +39,7 @@ verb          parameters                   answer                               
                                            its driver), job with progress, warning, disks
                                            with layers and counters; driver {pid, client} or
                                            null
-``prepare``   checkpoint                   {}     step 802; takes the lease                   all
+``prepare``   checkpoint, retain (false)   {}     step 802; takes the lease                   all
 ``arm``       deadline (s); 1 descriptor   {}     flushes, then watches the QMP socket that   driver
                                            comes along (step 810 at the resume barrier)
 ``switch``    mode ``now`` | ``barrier``   switched, waiting, violation, instant (monotonic   driver
@@ -47,6 +47,11 @@ verb          parameters                   answer                               
 ``disarm``    —                            {}     back to prepared                            driver
 ``copy``      store, parents {disk:        job    step 830; the job's result is               driver
               image | null}, rate (B/s)    {disks: {name: {image, size, new, …}}}
+``retain``    store, id, images {disk:     job    instead of ``copy``: the chains stay as     driver
+              image}                              those images; the same result
+``flatten``   checkpoint, rate (B/s)       job    copies a retained checkpoint into its       all
+                                                  store; ends with the connection
+``review``    —                            job    lets go of what is not retained any more    all
 ``commit``    —                            job    step 834, when the manifest is durable      driver
 ``abort``     —                            job    gives the driver's checkpoint up; asked by  all
                                            anybody else: all that are under way

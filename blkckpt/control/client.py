@@ -95,9 +95,9 @@ class Client:
             raise errors.ProtocolError("answer to status: no object")
         return body
 
-    def prepare(self, checkpoint: str) -> None:
+    def prepare(self, checkpoint: str, *, retain: bool = False) -> None:
         """Step 802: make the overlays; this connection holds the lease from here on."""
-        self.call("prepare", messages.Prepare(checkpoint).encode())
+        self.call("prepare", messages.Prepare(checkpoint, retain).encode())
 
     def arm(self, qmp: int, deadline: float) -> None:
         """Watch the QMP socket *qmp* (a descriptor; it is duplicated) for at most *deadline* seconds."""
@@ -115,6 +115,19 @@ class Client:
         """Step 830: start copying the frozen chains into *store*; returns the job."""
         body = self.call("copy", messages.Copy(str(store), parents, rate).encode())
         return messages.Started.decode(body).job
+
+    def retain(self, store: Path, checkpoint_id: str, images: Mapping[str, str]) -> str:
+        """Instead of 830: the frozen chains stay where they are, as those *images* of *store*; returns the job."""
+        body = self.call("retain", messages.Retain(str(store), checkpoint_id, images).encode())
+        return messages.Started.decode(body).job
+
+    def flatten(self, checkpoint: str, rate: int | None = None) -> str:
+        """Copy a retained checkpoint into its store; returns the job, which ends with this connection."""
+        return messages.Started.decode(self.call("flatten", messages.Flatten(checkpoint, rate).encode())).job
+
+    def review(self) -> str:
+        """Say that a retained checkpoint has been flattened or removed: its layers are let go; returns the job."""
+        return messages.Started.decode(self.call("review", {})).job
 
     def commit(self) -> str:
         """Step 834, after the manifest is durable; returns the job."""

@@ -29,6 +29,7 @@ import blkckpt
 from blkckpt import errors, log, paths
 from blkckpt.control import quitter, server, service
 from blkckpt.disk import api, disk, fastpath, group
+from blkckpt.disk import format as formats
 from blkckpt.vm import definition, unfinished
 
 PARAMETERS: Final = {
@@ -96,11 +97,17 @@ class Host:
             unfinished.check(self._vm)
             definition.check(definition.load(self._vm))
             self._use_fast_path()
-            self._group = group.DiskGroup.open(self._vm, open_image=open_image)
+            self._group = group.DiskGroup.open(self._vm, open_image=open_image, wanted=self._wanted)
         except errors.BlkckptError as error:
             fatal = {"type": type(error).__name__, "message": str(error)}
             logger.error("the disks cannot be served", extra={"fields": {"fatal": fatal}})
             raise
+
+    def _wanted(self, mark: formats.Retained) -> bool:
+        """Whether a retained checkpoint is still one.  The store is loaded only when there is one to ask about."""
+        keeping: Any = importlib.import_module("blkckpt.store.keeping")
+        answer: bool = keeping.wanted(self._vm.name, mark)
+        return answer
 
     def _use_fast_path(self) -> None:
         """Before any file or map is opened.  Without it the filter lets everything through."""

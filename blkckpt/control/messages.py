@@ -72,6 +72,12 @@ class _Reader:
             raise self.fail(name, "an absolute path")
         return value
 
+    def identity(self, name: str) -> str:
+        value = self.text(name, 32)
+        if len(value) != 32 or not set(value) <= set("0123456789abcdef"):
+            raise self.fail(name, "32 hexadecimal digits")
+        return value
+
     def choice(self, name: str, values: tuple[str, ...]) -> str:
         value = self.text(name)
         if value not in values:
@@ -179,16 +185,19 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Prepare:
-    """``prepare``: step 802 for the checkpoint of this name; takes the lease."""
+    """``prepare``: step 802 for the checkpoint of this name; takes the lease.  *retain*: it will not be copied."""
 
     checkpoint: str
+    retain: bool = False
 
     def encode(self) -> dict[str, Any]:
-        return {"checkpoint": self.checkpoint}
+        more = {"retain": True} if self.retain else {}  # a server that does not know it must not take it for a copy
+        return {"checkpoint": self.checkpoint, **more}
 
     @classmethod
     def decode(cls, body: Mapping[str, Any]) -> Prepare:
-        return cls(_params("prepare", body, ("checkpoint",)).name("checkpoint"))
+        reader = _params("prepare", body, ("checkpoint", "retain"))
+        return cls(reader.name("checkpoint"), reader.optional("retain", reader.truth) or False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,8 +277,50 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class Retain:
+    """``retain``, instead of ``copy``: the frozen chains are the disks of the checkpoint *id* in *store*.
+
+    *images* gives the image that stands for each disk there.  The result is as a copy's.
+    """
+
+    store: str
+    id: str
+    images: Mapping[str, str]
+
+    def encode(self) -> dict[str, Any]:
+        return {"store": self.store, "id": self.id, "images": dict(self.images)}
+
+    @classmethod
+    def decode(cls, body: Mapping[str, Any]) -> Retain:
+        reader = _params("retain", body, ("store", "id", "images"))
+        images = reader.mapping("images")
+        inner = _Reader(images, "retain, images", errors.InputError)
+        found = {units.check_name(name, "disk name"): inner.identity(name) for name in images}
+        return cls(reader.path("store"), reader.identity("id"), found)
+
+
+@dataclass(frozen=True, slots=True)
+class Flatten:
+    """``flatten``: copy the retained *checkpoint* into its store, *rate* bytes a second at most; a job.
+
+    It is given up when the connection ends.
+    """
+
+    checkpoint: str
+    rate: int | None = None
+
+    def encode(self) -> dict[str, Any]:
+        return {"checkpoint": self.checkpoint, "rate": self.rate}
+
+    @classmethod
+    def decode(cls, body: Mapping[str, Any]) -> Flatten:
+        reader = _params("flatten", body, ("checkpoint", "rate"))
+        return cls(reader.name("checkpoint"), reader.optional("rate", lambda name: reader.integer(name, 1)))
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
-    """The answer to ``copy``, ``commit`` and ``abort``: the job to ``wait`` for."""
+    """The answer to ``copy``, ``commit``, ``abort`` and the like: the job to ``wait`` for."""
 
     job: str
 

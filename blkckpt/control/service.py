@@ -10,6 +10,7 @@ Translation only: parameters to calls, results to messages.  The states are the 
   which may take long, and keeps the lease until it has answered.
 * When a driver's connection ends, for whatever reason, its checkpoint is aborted at once (rule D7).  The group
   does not undo a commit that has begun: then it just goes on.
+* A flattening is for the connection that asked for it, and is cancelled when that ends; it takes no lease.
 * A server that stops takes nothing back.  What was under way is decided by the next one that opens the group.
 
 The descriptor that comes with ``arm`` is owned here, wrapped in a barrier, and closed as soon as the barrier has
@@ -31,6 +32,7 @@ from typing import Any
 from blkckpt import errors, log
 from blkckpt.control import messages, server
 from blkckpt.disk import api, group, job
+from blkckpt.disk import format as formats
 from blkckpt.vm import barrier
 
 LEASE_SECONDS = 60.0
@@ -93,6 +95,7 @@ class Service:
         self._stop = stop
         self._lock = threading.Lock()
         self._drivers: dict[str, server.Session] = {}  # by checkpoint
+        self._flattening: list[tuple[server.Session, job.Job]] = []
         self._barrier: barrier.ResumeBarrier | None = None
         self._arming: server.Session | None = None  # whose barrier that is
         self._stopping = False
@@ -104,6 +107,9 @@ class Service:
             "switch": server.Verb(messages.Switch.decode, self._switch),
             "disarm": server.Verb(empty, self._disarm),
             "copy": server.Verb(messages.Copy.decode, self._copy),
+            "retain": server.Verb(messages.Retain.decode, self._retain),
+            "flatten": server.Verb(messages.Flatten.decode, self._flatten),
+            "review": server.Verb(empty, self._review),
             "commit": server.Verb(empty, self._commit),
             "abort": server.Verb(empty, self._abort),
             "wait": server.Verb(messages.Wait.decode, self._wait),
@@ -128,6 +134,10 @@ class Service:
     def gone(self, session: server.Session) -> None:
         """Rule D7: a driver that is gone leaves the disks to themselves."""
         with self._lock:
+            for owner, running in self._flattening:
+                if owner is session:
+                    running.cancel()
+            self._flattening = [(owner, running) for owner, running in self._flattening if running.running]
             checkpoint = self._driven(session)
             if checkpoint is None:
                 return
@@ -155,7 +165,7 @@ class Service:
         driven = self._driven(session)
         if driven in self._under_way():
             raise errors.StateError(f"this connection drives checkpoint {driven}; prepare another on another one")
-        self._group.prepare(params.checkpoint, LEASE_SECONDS)
+        self._group.prepare(params.checkpoint, LEASE_SECONDS, retain=params.retain)
         with self._lock:
             if driven is not None:
                 del self._drivers[driven]
@@ -203,6 +213,22 @@ class Service:
             checkpoint=checkpoint,
         )
         return messages.Started(started.id)
+
+    def _retain(self, session: server.Session, params: messages.Retain, _: list[int]) -> messages.Started:
+        checkpoint = self._check_driver(session)
+        marks = {
+            name: formats.Retained(params.store, checkpoint, params.id, image) for name, image in params.images.items()
+        }
+        return messages.Started(self._group.start_retain(marks, checkpoint).id)
+
+    def _flatten(self, session: server.Session, params: messages.Flatten, _: list[int]) -> messages.Started:
+        started = self._group.flatten(params.checkpoint, rate=params.rate, command=self._copy_command)
+        with self._lock:
+            self._flattening.append((session, started))
+        return messages.Started(started.id)
+
+    def _review(self, session: server.Session, params: messages.Empty, _: list[int]) -> messages.Started:
+        return messages.Started(self._group.review().id)
 
     def _commit(self, session: server.Session, params: messages.Empty, _: list[int]) -> messages.Started:
         return messages.Started(self._group.commit(self._check_driver(session)).id)

@@ -25,13 +25,18 @@ Checkpoints are *stacked*: a next one may be prepared when the one before has sw
 copied.  Each has its overlay; the frozen chain of each is all that is below it.  Copies are made in the order of the
 switches, each relative to the one before; an overlay goes down, the lowest first, as soon as its checkpoint is over.
 
+A checkpoint is *copied* into the store, as above, or *retained* (:mod:`retaining`): its frozen chain stays where it is
+and is its disk, the overlay made for it is marked and becomes the lowest layer that takes writes, and overlays of later
+checkpoints are committed down to it and no further.  Until it is flattened (copied after all) or given up; then the
+overlay is free, and goes down like any other.
+
 A request: range check (``disk``) → gate (``epoch``): epoch, view, ticket → ``chain``: runs of blocks by layer →
 ``layer``/``fileio``: data, then live bits → ticket back.  A flush: top down, take the dirty map pages of every layer;
 then, bottom up, per layer: sync the data, write the pages, sync the map.
 
-Modules, lowest first: ``blocks`` ``blockmap`` ``format`` ``fastpath`` (pure) · ``fileio`` ``epoch`` ``job`` · ``maps``
-``layer`` · ``chain`` · ``commit`` ``fill`` ``copier`` ``port`` ``stack`` · ``disk`` ``statefile`` · ``member`` ·
-``rounds`` ``background`` · ``copying`` · ``group``.
+Modules, lowest first: ``blocks`` ``blockmap`` ``format`` ``fastpath`` (pure) · ``fileio`` ``claim`` ``epoch`` ``job``
+· ``maps`` ``layer`` · ``chain`` · ``commit`` ``fill`` ``copier`` ``port`` ``stack`` · ``disk`` ``statefile`` ·
+``member`` · ``rounds`` ``background`` · ``copying`` ``leaving`` ``retaining`` · ``group``.
 ``api`` and ``barrier`` are what others speak.
 
 Rules
@@ -97,6 +102,7 @@ both.  Bits that a dead server wrote and did not sync are synced by the next flu
 * switched: unflushed blocks of the overlay are gone, as on any disk; flushed ones are in its durable map and are
   committed back.  The checkpoint never existed, since its manifest was not written.
 * manifest durable, commit not yet begun: the same; the checkpoint is whole and the disks lose nothing.
+* of a retained checkpoint: see :mod:`blkckpt.disk.retaining`.
 * in a window of the commit: see :mod:`blkckpt.disk.commit`.
 * overlay empty, state still names it: committed (nothing) again.  State replaced, files still there: swept.
 * file of a restored disk full, state not yet replaced: the fill finds nothing to do and ends.

@@ -78,11 +78,14 @@ class JobStatus:
 
 @dataclass(frozen=True, slots=True)
 class OverlayStatus:
-    """An overlay and how many bytes of the disk it holds."""
+    """An overlay and how many bytes of the disk it holds.
+
+    *retained* is the checkpoint whose disk is all that is below it, if that is kept so.
+    """
 
     id: str
     bytes: int
-    retained: bool
+    retained: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,8 +61,7 @@ class View:
         self.target = target
         self.commit = commit
         self.armed = armed
-        raw = isinstance(floor, fileio.File)
-        self.bottom = len(layers) if raw else len(layers) - 1  # the lowest layer that takes writes
+        self.bottom = _bottom(layers, floor)
 
     def replace(
         self,
@@ -84,6 +83,14 @@ class View:
             commit=commit,
             armed=armed,
         )
+
+
+def _bottom(layers: tuple[layer.Overlay, ...], floor: layer.Floor) -> int:
+    """The lowest layer that takes writes, where changes are marked: what is below a retained overlay is kept."""
+    for index, overlay in enumerate(layers):
+        if overlay.retained:
+            return index
+    return len(layers) if isinstance(floor, fileio.File) else len(layers) - 1
 
 
 # ---- reads ----

@@ -7,10 +7,12 @@ standard input, which then stays open: end of file there means that the parent i
      "layers": [{"kind": "overlay", "fd": 5, "map_fd": 6, "inherited": false}, …, {"kind": "raw", "fd": 7} or
                 {"kind": "image", "store": "/path", "image": "id"}],       newest first
      "changed": {"map_fd": 8} or null, "store": "/path", "parent": "image id" or null,
-     "rate": bytes a second or null, "label": "VM@CKPT/vda"}
+     "rate": bytes a second or null, "label": "VM@CKPT/vda",
+     "image": "id" or null}
 
 ``map_fd`` is a live map file (:mod:`blkckpt.disk.format`).  ``inherited``: the parent has what this overlay holds.
-``changed`` null: not known, read and compare everything.
+``changed`` null: not known, read and compare everything.  ``image``: the id that the new image is to have, which may
+stand for these layers until then; null: any.
 The child answers with lines of JSON: any number of ``{"progress": {"done", "total"}}``, then exactly one
 ``{"result": {…}}`` (exit 0) or ``{"error": {"type", "message", "errno"}}`` (exit 1).  Anything else, silence at the
 end, or a signal is a failed copy: no checkpoint (A3).
@@ -64,6 +66,7 @@ class CopyOptions:
     store: str
     rate: int | None
     label: str
+    image: str | None = None
 
 
 def copy(frozen: FrozenDisk, options: CopyOptions, progress: Callable[[int, int], None], stop: threading.Event) -> Any:
@@ -112,6 +115,7 @@ def _describe(
         "parent": frozen.parent,
         "rate": options.rate,
         "label": options.label,
+        "image": options.image,
     }
     return described, descriptors
 

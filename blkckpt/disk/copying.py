@@ -26,7 +26,10 @@ class Work:
     check: Callable[[], None]
 
     def run(self, running: job.Job) -> Mapping[str, Any]:
-        """Wait for the copies of earlier checkpoints, then copy; ``{"disks": what each child said}``."""
+        """Wait for the copies of earlier checkpoints, then copy; ``{"disks": what each child said}``.
+
+        One that is retained has no copy, and is waited for until it is over: its map of changes is then part of ours.
+        """
         one = self.one
         one.await_turn(self.under_way.before(one), running.cancelled)
         sizes = {name: item.state.size for name, item in self.members.items()}

@@ -211,6 +211,15 @@ class Gate(Generic[V]):
             if self._waiting:
                 self._left.notify_all()
 
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[Epoch[V]]:
+        """:meth:`enter` and :meth:`leave`."""
+        epoch = self.enter()
+        try:
+            yield epoch
+        finally:
+            self.leave(epoch)
+
     # ---- requests that change blocks ----
 
     def begin(self, first: int, end: int, exclusive: Callable[[V, int, int], bool] | None = None) -> Ticket[V]:

@@ -232,18 +232,18 @@ def create_own(path: Path, size: int) -> File:
     return file
 
 
-def open_own(path: Path, what: str) -> File:
+def open_own(path: Path, what: str, *, writable: bool = True) -> File:
     """An existing file of ours (see :func:`durable.open_checked`)."""
-    return factory(durable.open_checked(path, os.O_RDWR, what), path, True)
+    return factory(durable.open_checked(path, os.O_RDWR if writable else os.O_RDONLY, what), path, writable)
 
 
-def open_base(path: Path, size: int) -> File:
+def open_base(path: Path, size: int, *, writable: bool = True) -> File:
     """A user's raw disk: a regular file or block device of at least *size* bytes."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
     except OSError as error:
         raise errors.from_os_error(error, f"opening the disk {path}") from error
-    file = factory(descriptor, path, True)
+    file = factory(descriptor, path, writable)
     mode = os.fstat(descriptor).st_mode
     problem = None
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):

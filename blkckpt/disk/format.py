@@ -184,11 +184,25 @@ def choose_slot(layer: str, page: int, pair: bytes, path: Path, *, clean: bool) 
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Retained:
+    """A checkpoint that keeps all that is below an overlay as its disk: in *store*, its name, its id, and the id of
+    the image that stands for the disk there."""
+
+    store: str
+    checkpoint: str
+    id: str
+    image: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class OverlayState:
-    """An overlay that exists on disk."""
+    """An overlay that exists on disk.
+
+    *retained*: the chain below it is a checkpoint's disk, so it is not committed as long as that checkpoint is one.
+    """
 
     id: str
-    retained: bool = False
+    retained: Retained | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -271,7 +285,7 @@ def _disk(body: dict[str, Any]) -> DiskState:
         raise ValueError(f"size {body['size']!r}")
     source, fill = body.pop("source"), body.pop("fill")
     frozen = tuple(ChangedState(**entry) for entry in body.pop("frozen"))
-    overlays = tuple(OverlayState(**entry) for entry in body.pop("overlays"))
+    overlays = tuple(_overlay(entry) for entry in body.pop("overlays"))
     changed = ChangedState(**body.pop("changed"))
     maps, layers = [entry.id for entry in (changed, *frozen)], [entry.id for entry in overlays]
     for layer in maps + layers + ([fill] if fill else []):
@@ -284,6 +298,18 @@ def _disk(body: dict[str, Any]) -> DiskState:
         fill=fill,
         **body,
     )
+
+
+def _overlay(body: dict[str, Any]) -> OverlayState:
+    kept = body.pop("retained")
+    retained = Retained(**kept) if kept else None  # an older version wrote false where there was none
+    if retained is not None:
+        units.check_name(retained.checkpoint, "checkpoint name")
+        check_layer_id(retained.id)
+        check_layer_id(retained.image)
+        if not retained.store.startswith("/"):
+            raise ValueError(f"store {retained.store!r}")
+    return OverlayState(retained=retained, **body)
 
 
 def check_layer_id(text: str) -> str:

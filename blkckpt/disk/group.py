@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from blkckpt import durable, errors, log, paths, units
-from blkckpt.disk import api, background, copier, copying, disk, member, rounds, stack, statefile
+from blkckpt.disk import api, background, copier, copying, disk, leaving, member, retaining, rounds, stack, statefile
 from blkckpt.disk import barrier as barriers
 from blkckpt.disk import format as formats
 from blkckpt.disk import job as jobs
@@ -50,7 +50,7 @@ class DiskGroup:
     Methods that take a *checkpoint* mean the newest under way when they are given none.
     """
 
-    def __init__(self, vm: paths.VmPaths, file: statefile.StateFile) -> None:
+    def __init__(self, vm: paths.VmPaths, file: statefile.StateFile, wanted: retaining.Wanted) -> None:
         """Use :meth:`open`."""
         self._vm = vm
         self._file = file
@@ -66,9 +66,12 @@ class DiskGroup:
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._filler = background.Filler(file, self._warn)
+        self._leaver = leaving.Leaver(self._members, file, self._states, self._under_way, self._warn, self._stop)
+        held = self._under_way.held_locked
         self._emptier = background.Emptier(
-            self._members, file, self._states, self._gate_lock, self._under_way.held_locked, self._warn, self._stop
+            self._members, file, self._states, self._gate_lock, held, self._warn, self._stop
         )
+        self.retained = retaining.Retainer(self._members, file, self._states, self._gate_lock, held, wanted)
         self._started = False
         self._closed = False
         self.disks: Mapping[str, disk.Disk] = {}
@@ -81,11 +84,20 @@ class DiskGroup:
         statefile.create(vm, vm_id, disks)
 
     @classmethod
-    def open(cls, vm: paths.VmPaths, *, open_image: Callable[[api.ImageRef], api.Source]) -> DiskGroup:
-        """Lock (D12), load, recover; starts no thread.  Every layer is checked, and damage is an error with a name."""
+    def open(
+        cls,
+        vm: paths.VmPaths,
+        *,
+        open_image: Callable[[api.ImageRef], api.Source],
+        wanted: retaining.Wanted = lambda mark: True,
+    ) -> DiskGroup:
+        """Lock (D12), load, recover; starts no thread.  Every layer is checked, and damage is an error with a name.
+
+        *wanted* says which retained checkpoints are still to be kept.
+        """
         file = statefile.StateFile(vm)
         try:
-            self = cls(vm, file)
+            self = cls(vm, file, wanted)
             self._open_members(open_image)
         except BaseException:
             file.close()
@@ -117,71 +129,44 @@ class DiskGroup:
         with self._control:
             self._started, self._filler.after = True, fill_after
             threading.Thread(target=self._watch, name="disk-watch", daemon=True).start()
-            if self._state() is State.COMMITTING:
+            kept = any(overlay.retained for item in self._members.values() for overlay in item.state.overlays)
+            if kept or self._state() is State.COMMITTING:
                 self._leave("commit", lambda running: None)
             else:
                 self._rest()
 
     def _find(self, checkpoint: str | None, doing: str) -> rounds.Round:
         """The checkpoint of that name, else the newest; StateError if it is not under way."""
-        if self._closed:
-            raise errors.StateError(f"cannot {doing}: the disks of VM {self._vm.name} are not served any more")
+        self._check_open()
         return self._under_way.find(checkpoint, doing)
 
     # ---- 802 to 810 ----
 
-    def prepare(self, checkpoint: str, lease: float | None = None) -> None:
-        """802.  *lease*: seconds until the checkpoint is given up by itself (D7).
+    def prepare(self, checkpoint: str, lease: float | None = None, *, retain: bool = False) -> None:
+        """802.  *lease*: seconds until the checkpoint is given up by itself (D7).  *retain*: it will not be copied.
 
         StateError while another has not switched yet, or when too many are under way.
         """
         units.check_name(checkpoint, "checkpoint name")
         with self._control:
-            self._check_room(checkpoint)
+            self._check_open()
+            self._under_way.check_begin(checkpoint, list(self._members.values()))
+            if retain:
+                self.retained.check_room(checkpoint)
             self._check_sound()
-            one = self._under_way.begin(checkpoint, lease)
+            one = self._under_way.begin(checkpoint, lease, retain=retain)
             try:
                 self._filler.stop()
                 for item in self._members.values():
                     item.settle()
                 with self._states:
-                    self._make_overlays(one)
+                    made = rounds.make_overlays(self._members, self._file, one)
+                    with self._gate_lock:
+                        rounds.put_overlays_locked(self._members, one, made)
             except BaseException:
                 self._under_way.remove(one)
                 self._rest()
                 raise
-
-    def _check_room(self, checkpoint: str) -> None:
-        doing = f"prepare checkpoint {checkpoint}"
-        if self._closed:
-            raise errors.StateError(f"cannot {doing}: the disks of VM {self._vm.name} are not served any more")
-        self._under_way.check_begin(checkpoint, doing)
-        depth = max((len(item.state.overlays) for item in self._members.values()), default=0)
-        if depth >= rounds.MAX_OVERLAYS:
-            raise errors.StateError(
-                f"cannot {doing}: {depth} overlays are still to be saved or committed; wait until there are fewer "
-                f"(`blkckpt status {self._vm.name}`)"
-            )
-
-    def _make_overlays(self, one: rounds.Round) -> None:
-        made: dict[str, tuple[member.Part, formats.DiskState]] = {}
-        try:
-            for name, item in self._members.items():
-                made[name] = item.make_overlay(one.number)
-            durable.sync_directory(self._vm.layers)
-            self._file.save({name: state for name, (_, state) in made.items()}, may_spend=False)
-        except BaseException as error:
-            for name, (part, _) in made.items():
-                self._members[name].drop_overlay(part)
-            self._file.sweep()
-            if isinstance(error, OSError):
-                raise errors.from_os_error(error, f"preparing checkpoint {one.checkpoint}") from error
-            raise
-        with self._gate_lock:
-            for name, (part, state) in made.items():
-                self._members[name].put_overlay_locked(part, state)
-            one.parts = {name: part for name, (part, _) in made.items()}
-            one.stage = Stage.PREPARED
 
     def renew(self, lease: float, checkpoint: str | None = None) -> None:
         """The driver is alive: *lease* more seconds from now.  No effect when nothing is under way."""
@@ -282,9 +267,7 @@ class DiskGroup:
         """
         with self._control:
             one = self._find(checkpoint, "copy")
-            one.require(Stage.SWITCHED, "copy")
-            if one.images is not None or (one.copying is not None and one.copying.running):
-                raise errors.StateError(f"the disks of checkpoint {one.checkpoint} are being copied already")
+            self._check_to_save(one, "copy", retain=False)
             program = tuple(command or COPY_COMMAND)
             options = {
                 name: copier.CopyOptions(program, store, rate, f"{label}/{name}" if label else name)
@@ -294,26 +277,50 @@ class DiskGroup:
             one.copying = self._jobs.run("copy", work.run)
             return one.copying
 
+    def start_retain(self, marks: Mapping[str, formats.Retained], checkpoint: str | None = None) -> jobs.Job:
+        """Instead of 830: the chain below stays where it is.  *marks* are the disks'.  Result as a copy's."""
+        with self._control:
+            one = self._find(checkpoint, "retain")
+            self._check_to_save(one, "retain", retain=True)
+            if set(marks) != set(self._members):
+                raise errors.InputError(f"checkpoint {one.checkpoint} has other disks than are to be retained")
+            one.copying = self._jobs.run("retain", lambda running: self.retained.keep(one, marks))
+            return one.copying
+
+    def _check_to_save(self, one: rounds.Round, doing: str, *, retain: bool) -> None:
+        one.require(Stage.SWITCHED, doing)
+        if one.retain is not retain:
+            raise errors.StateError(f"cannot {doing}: checkpoint {one.checkpoint} was not prepared for that")
+        if one.images is not None or (one.copying is not None and one.copying.running):
+            raise errors.StateError(f"the disks of checkpoint {one.checkpoint} are being copied already")
+
     # ---- 834, abort ----
 
     def commit(self, checkpoint: str | None = None) -> jobs.Job:
-        """834, when the manifest is durable.  StateError unless the copy succeeded."""
+        """834, when the manifest is durable.  StateError unless the copy succeeded.
+
+        The overlays of a checkpoint that is retained stay, and the VM goes on in them.
+        """
         with self._control:
             one = self._find(checkpoint, "commit")
             one.require(Stage.SWITCHED, "commit")
             self._check_sound()
             if one.images is None:
                 raise errors.StateError("cannot commit: the disks have not been copied; abort instead")
+            if one.retain:
+                one.stage, one.lease = Stage.OVER, None
+                return self._leave("commit", lambda running: self._leaver.give_up([one], [one]))
             images = one.images
             with self._states:
                 changes = {
                     name: item.keep_changes(one.parts[name], images[name]) for name, item in self._members.items()
                 }
                 self._file.save(changes)
-                self._take(changes)
+                for name, state in changes.items():
+                    self._members[name].state = state
             self._under_way.remember(one)
             self._under_way.remove(one)
-            return self._leave("commit", lambda running: self._let_go(one))
+            return self._leave("commit", lambda running: self._leaver.let_go(one))
 
     def abort(self, checkpoint: str | None = None) -> jobs.Job:
         """Give up that checkpoint, or without a name all of them, and go back to rest as far as others allow.
@@ -321,8 +328,7 @@ class DiskGroup:
         A commit that has begun is not undone: the job returned ends when it has.
         """
         with self._control:
-            if self._closed:
-                raise errors.StateError(f"the disks of VM {self._vm.name} are not served any more")
+            self._check_open()
             if self._state() is State.REST:
                 return jobs.Job("abort").run(lambda running: {})
             with self._gate_lock:
@@ -332,44 +338,32 @@ class DiskGroup:
                     if one.stage is Stage.ARMED:
                         self._disarm_locked(one, one.violation)
                     one.stage, one.lease = Stage.OVER, None
-            return self._leave("abort", lambda running: self._give_up(chosen, leaving))
+            return self._leave("abort", lambda running: self._leaver.give_up(chosen, leaving))
 
-    def _give_up(self, chosen: Sequence[rounds.Round], leaving: Sequence[rounds.Round]) -> None:
-        for one in reversed(chosen):
-            if one.copying is not None and one.copying.running:
-                one.copying.cancel()
-                one.copying.wait()
-            self._hand_on_patiently(one)
-            self._under_way.remove(one)
-        for one in leaving:  # others may be at it
-            while not one.left.wait(0.1):
-                if self._stop.is_set():
-                    raise errors.StateError("stopped; it goes on when the disks are served again")
+    # ---- retained checkpoints ----
 
-    def _hand_on_patiently(self, one: rounds.Round) -> None:
-        def hand_on() -> None:
-            with self._states:
-                changes = {name: item.hand_on_changes(one.parts[name]) for name, item in self._members.items()}
-                self._file.save(changes)
-                self._take(changes)
-                self._let_go(one)
+    def flatten(self, checkpoint: str, *, rate: int | None = None, command: Sequence[str] | None = None) -> jobs.Job:
+        """Copy the retained *checkpoint* into its store; it stays retained until its manifest says otherwise."""
+        with self._control:
+            self._check_open()
+            self.retained.of(checkpoint)
+            program, label = tuple(command or COPY_COMMAND), f"{self._vm.name}@{checkpoint}"
+            return self._jobs.run(
+                "flatten", lambda running: self.retained.flatten(checkpoint, program, rate, label, running)
+            )
 
-        background.patiently(hand_on, f"giving checkpoint {one.checkpoint} up", self._warn, self._stop)
-
-    def _let_go(self, one: rounds.Round) -> None:
-        with self._states:
-            for name, item in self._members.items():
-                item.let_go(one.parts[name])
-
-    def _take(self, changes: Mapping[str, formats.DiskState]) -> None:
-        for name, state in changes.items():
-            self._members[name].state = state
+    def review(self) -> jobs.Job:
+        """Let go of retained checkpoints that are none any more, and commit what is free then."""
+        with self._control:
+            self._check_open()
+            return self._leave("commit", lambda running: None)
 
     def _leave(self, kind: str, first: Callable[[jobs.Job], None]) -> jobs.Job:
-        """A job that does *first*, and then commits every free overlay."""
+        """A job that does *first*, and then commits every overlay that is free, or that nobody wants retained."""
 
         def work(running: jobs.Job) -> Mapping[str, Any]:
             first(running)
+            self.retained.review()
             self._emptier.run(running.progress)
             self._rest()
             return {}
@@ -397,6 +391,8 @@ class DiskGroup:
             self._wake.clear()
             with contextlib.suppress(errors.BlkckptError):
                 self._expire(time.monotonic())
+                if self.retained.unclaimed():
+                    self.review()
 
     def _expire(self, now: float) -> None:
         with self._gate_lock:
@@ -411,6 +407,10 @@ class DiskGroup:
         self._warning = text
         if text is not None:
             _log.warning(text, extra={"fields": {"vm": self._vm.name}})
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise errors.StateError(f"the disks of VM {self._vm.name} are not served any more")
 
     def _check_sound(self) -> None:
         """No checkpoint is acknowledged over a file whose fsync failed (D9)."""

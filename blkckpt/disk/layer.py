@@ -45,7 +45,7 @@ class Overlay:
         self.file = file
         self.bits = bits
         self.durable = durable
-        self.retained = retained
+        self.retained = retained  # what is below it is kept as a checkpoint's disk
         self.copy_ups = 0
         self.changes: maps.Marks = maps.UNMARKED  # the map of its period (:mod:`blkckpt.disk.member`)
         self.number = 0  # of the checkpoint that it was made for; 0 when an earlier server made it

@@ -271,9 +271,9 @@ class DurableMap:
         return cls(file, layer, size)
 
     @classmethod
-    def load(cls, path: Path, layer: str, size: int, *, clean: bool) -> tuple[DurableMap, Pages]:
+    def load(cls, path: Path, layer: str, size: int, *, clean: bool, writable: bool = True) -> tuple[DurableMap, Pages]:
         """The map and its pages.  Damage is a CorruptError, never an empty map (D12)."""
-        file = fileio.open_own(path, "map")
+        file = fileio.open_own(path, "map", writable=writable)
         try:
             formats.check_durable_header(file.pread(formats.HEADER, 0), layer, size, path)
             want = formats.HEADER + formats.slot_count(size) * 2 * formats.SLOT

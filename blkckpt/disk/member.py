@@ -90,6 +90,11 @@ class Member:
         return self.disk.activity + reads + writes
 
     @property
+    def passing(self) -> int:
+        """How many overlays are there that will go down by themselves."""
+        return sum(overlay.retained is None for overlay in self.state.overlays)
+
+    @property
     def filling(self) -> bool:
         return self.state.source is not None
 
@@ -251,13 +256,66 @@ class Member:
         kept = formats.ChangedState(inforce.id, state.frozen[0].since)
         return dataclasses.replace(state, changed=kept, frozen=())
 
+    # ---- retained checkpoints (:mod:`blkckpt.disk.retaining`) ----
+
+    def keep_below(self, part: Part, kept: formats.Retained) -> formats.DiskState:
+        """Make all that is below *part*'s overlay durable; returns the state in which that is *kept*."""
+        assert part.ended is not None
+        self.gate.wait_drained(part.ended, time.monotonic() + DRAIN_SECONDS)
+        with self.gate.admitted() as admitted:
+            chain.flush(admitted.view, admitted.view.layers.index(part.overlay) + 1)
+        return self.marked(part.overlay.id, kept)
+
+    def marked(self, overlay_id: str, kept: formats.Retained | None) -> formats.DiskState:
+        """The state in which what is below that overlay is *kept*, or is not."""
+        overlays = tuple(
+            dataclasses.replace(item, retained=kept) if item.id == overlay_id else item for item in self.state.overlays
+        )
+        return dataclasses.replace(self.state, overlays=overlays)
+
+    def follow_marks_locked(self) -> None:
+        """The saved state says which overlays are retained: the views say so too, from now on."""
+        kept = {item.id for item in self.state.overlays if item.retained}
+        for overlay in self.view.layers:
+            overlay.retained = overlay.id in kept
+        self._advance_locked()
+
+    def freeze_below(self, overlay_id: str) -> copier.FrozenDisk:
+        """What the copy child of a retained checkpoint reads: all that is below that overlay."""
+        held = contextlib.ExitStack()
+        view = held.enter_context(self.gate.admitted()).view
+        index = next(number for number, overlay in enumerate(view.layers) if overlay.id == overlay_id)
+        below = view.replace(layers=view.layers[index + 1 :], target=0)
+        return copier.FrozenDisk(self.state.name, below, self.state.source, None, None, frozenset(), held)
+
+    def make_rewound(self, kept: formats.Retained) -> tuple[layer.Overlay, formats.DiskState]:
+        """An empty overlay to take the place of the newest one, and the state that has it so.
+
+        What the newest holds is marked as changed: it is not in the disk any more.
+        """
+        gone, overlay_id = self.view.layers[0], stack.new_id()
+        self.view.changed.absorb(gone.bits)
+        overlay = stack.create_overlay(self.place, overlay_id)
+        overlay.changes, overlay.retained = self.view.changed, True
+        overlays = (formats.OverlayState(overlay_id, kept), *self.state.overlays[1:])
+        return overlay, dataclasses.replace(self.state, overlays=overlays)
+
+    def rewind(self, overlay: layer.Overlay, state: formats.DiskState) -> None:
+        """*state*, saved, has *overlay* in place of the newest one, whose files go."""
+        self.state = state
+        gone = self.view.layers[0]
+        with self.gate.lock:
+            old = self._advance_locked((overlay, *self.view.layers[1:]))
+        self.drain(old, threading.Event())
+        stack.remove_overlay(self.place, gone)
+
     # ---- back to rest ----
 
     def to_commit(self, held: frozenset[str]) -> layer.Overlay | None:
         """The lowest overlay without a claim to stay: not retained, and not of a checkpoint under way (*held*)."""
         for overlay in reversed(self.view.layers):
-            known = any(item.id == overlay.id and not item.retained for item in self.state.overlays)
-            if known and overlay.id not in held:
+            known = any(item.id == overlay.id for item in self.state.overlays)
+            if known and not overlay.retained and overlay.id not in held:
                 return overlay
         return None
 
@@ -342,11 +400,12 @@ class Member:
         state = self.state
         filled = view.layers[-1] if not isinstance(view.floor, layer.RawFloor) else None
         overlays = [overlay for overlay in view.layers if overlay is not filled]
+        kept = {item.id: item.retained.checkpoint for item in state.overlays if item.retained}
         return api.DiskStatus(
             name=state.name,
             path=state.path,
             size=state.size,
-            overlays=tuple(api.OverlayStatus(item.id, _held(item, state.size), item.retained) for item in overlays),
+            overlays=tuple(api.OverlayStatus(item.id, _held(item, state.size), kept.get(item.id)) for item in overlays),
             source=state.source,
             filled=None if filled is None else _held(filled, state.size),
             changed_since=(*state.frozen, state.changed)[0].since,

@@ -17,10 +17,11 @@ from __future__ import annotations
 import enum
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from blkckpt import errors
-from blkckpt.disk import api, barrier, job, member
+from blkckpt.disk import api, barrier, job, member, statefile
+from blkckpt.disk import format as formats
 
 MAX_OVERLAYS = 8
 """A read looks at one map after the other, and each overlay has files and a mapping; eight are a checkpoint every few
@@ -42,14 +43,18 @@ class Round:
 
     *settled* is set when later ones need not wait for its copy any more: it succeeded, or the checkpoint is over.
     *left* is set when it is over, and nothing of it but overlays is left.  *stacked*: it was begun while another was
-    under way, so its driver could not know the image that its changes are relative to.
+    under way, so its driver could not know the image that its changes are relative to.  *retain*: it is not copied
+    (:mod:`blkckpt.disk.retaining`).
     """
 
-    def __init__(self, number: int, checkpoint: str, lease: float | None, *, stacked: bool = False) -> None:
+    def __init__(
+        self, number: int, checkpoint: str, lease: float | None, *, stacked: bool = False, retain: bool = False
+    ) -> None:
         self.number = number
         self.checkpoint = checkpoint
         self.lease = lease
         self.stacked = stacked
+        self.retain = retain
         self.stage = Stage.PREPARING
         self.parts: Mapping[str, member.Part] = {}
         self.barrier: barrier.Barrier | None = None
@@ -103,23 +108,30 @@ class UnderWay:
         self._number = 0
         self._origins: dict[str, tuple[int, str]] = {}
 
-    def begin(self, checkpoint: str, lease: float | None) -> Round:
+    def begin(self, checkpoint: str, lease: float | None, *, retain: bool = False) -> Round:
         """A new one; *lease* is seconds."""
         until = None if lease is None else time.monotonic() + lease
         with self._lock:
             self._number += 1
-            one = Round(self._number, checkpoint, until, stacked=bool(self.rounds))
+            one = Round(self._number, checkpoint, until, stacked=bool(self.rounds), retain=retain)
             self.rounds.append(one)
         return one
 
-    def check_begin(self, checkpoint: str, doing: str) -> None:
+    def check_begin(self, checkpoint: str, members: Sequence[member.Member]) -> None:
         """StateError unless a checkpoint of that name may begin."""
+        doing = f"prepare checkpoint {checkpoint}"
         with self._lock:
             rounds = list(self.rounds)
         if rounds and rounds[-1].instant is None:
             raise errors.StateError(f"cannot {doing}: checkpoint {rounds[-1].checkpoint} has not switched yet")
         if any(one.checkpoint == checkpoint for one in rounds):
             raise errors.StateError(f"cannot {doing}: one of that name is under way")
+        depth = max((item.passing for item in members), default=0)
+        if depth >= MAX_OVERLAYS:
+            raise errors.StateError(
+                f"cannot {doing}: {depth} overlays are still to be saved or committed; wait until there are fewer "
+                f"(`blkckpt status {members[0].place.vm.name}`)"
+            )
 
     def find(self, checkpoint: str | None, doing: str) -> Round:
         """The checkpoint of that name, else the newest; StateError if it is not under way."""
@@ -184,3 +196,34 @@ class UnderWay:
     def origin(self, image: str | None) -> tuple[int, str | None]:
         """The number of the checkpoint that *image* is of (0: not of this server's) and the store it is in."""
         return self._origins.get(image or "", (0, None))
+
+
+# ---- 802 ----
+
+Made = Mapping[str, tuple[member.Part, formats.DiskState]]
+
+
+def make_overlays(members: Mapping[str, member.Member], file: statefile.StateFile, one: Round) -> Made:
+    """802: the overlays of *one*, empty, durable and in the state file; nothing is left of them when that fails."""
+    made: dict[str, tuple[member.Part, formats.DiskState]] = {}
+    try:
+        for name, item in members.items():
+            made[name] = item.make_overlay(one.number)
+        file.sync_layers()
+        file.save({name: state for name, (_, state) in made.items()}, may_spend=False)
+    except BaseException as error:
+        for name, (part, _) in made.items():
+            members[name].drop_overlay(part)
+        file.sweep()
+        if isinstance(error, OSError):
+            raise errors.from_os_error(error, f"preparing checkpoint {one.checkpoint}") from error
+        raise
+    return made
+
+
+def put_overlays_locked(members: Mapping[str, member.Member], one: Round, made: Made) -> None:
+    """Put them on top of the disks."""
+    for name, (part, state) in made.items():
+        members[name].put_overlay_locked(part, state)
+    one.parts = {name: part for name, (part, _) in made.items()}
+    one.stage = Stage.PREPARED

@@ -83,7 +83,7 @@ def open_overlay(place: Place, overlay: formats.OverlayState, *, clean: bool) ->
         found = file.size()
         file.close()
         raise errors.CorruptError(f"the overlay {file.path} has {found} bytes, the disk {place.size}; it was cut")
-    return _open_mapped(place, overlay.id, file, clean=clean, retained=overlay.retained)
+    return _open_mapped(place, overlay.id, file, clean=clean, retained=overlay.retained is not None)
 
 
 def open_fill(place: Place, layer_id: str, path: Path, *, clean: bool) -> layer.Overlay:

@@ -72,6 +72,10 @@ class StateFile:
             return
         _keep_reserve(reserve)
 
+    def sync_layers(self) -> None:
+        """Make the names of layer files durable, before a state names them."""
+        durable.sync_directory(self._vm.layers)
+
     def sweep(self) -> None:
         """Remove layer files that no state names: neither the one saved last nor the one on disk.
 

@@ -22,6 +22,7 @@ print     the disks and the memory are prepared and the command line is printed 
 revert    the same VM, its own disks: what differs is written back (:mod:`blkckpt.restore.revert`).
 boot      for a look only: apart from everything, and taken away again (:mod:`blkckpt.restore.boot`).
 fork      many at once, lazily, sharing one image (:mod:`blkckpt.restore.fork`).
+flatten   a retained checkpoint becomes an ordinary one, or is given up (:mod:`blkckpt.restore.flatten`).
 ========  ============================================================================================================
 
 What a restored machine shares with the original, which may still be running: nothing that is written.  The raw image
@@ -37,6 +38,7 @@ Rules:
 * **R3** A failed restore leaves nothing; a failed start of a restored VM leaves the VM, to be started again or removed.
 * **R4** No raw image is written to after it has its name; whoever needs it for long holds a link or a mapping.
 * **R5** The images that a restored disk reads from are pinned in the store until the disk is filled or the VM removed.
+  Where an image stands for layers of a VM (a retained checkpoint), the pin keeps these where they are.
 
 Crash windows.  Between the reservation of the name and ``vm.json``: the directory bears the mark, is not listed, and
 is cleared by the next restore of that name.  Between ``vm.json`` and the end of the preparation: the VM is listed and

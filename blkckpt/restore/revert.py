@@ -13,27 +13,27 @@ Phases::
     write     the chunks that differ; flush
     clear     the VM's lineage is noted, the mark goes
 
+A retained checkpoint of the VM itself, if it is its youngest and nobody reads it, needs none of this: an empty overlay
+takes the place of the one above it, in one replacement of the state file.
+
 A crash before *mark* has changed nothing.  After it the VM is refused by whoever would serve it until the revert is
 run again, which compares anew and so writes only what is still missing.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from blkckpt import errors, paths
-from blkckpt.disk import api, disk, group
-from blkckpt.store import images, layout, manifest
+from blkckpt.disk import disk
+from blkckpt.restore import atrest
+from blkckpt.store import images, layout, manifest, retained
 from blkckpt.store import store as stores
 from blkckpt.vm import definition, lineage, unfinished
 
 Progress = Callable[[str, int, int | None], None]
 """Called as (stage, bytes done, bytes in all) from the calling thread."""
-
-REST_SECONDS = 3600.0
-"""How long to wait for a commit that a crash interrupted: it moves at most the disk once."""
 
 _HOLE_IS_ZERO = 2
 _SPAN = 32 << 20
@@ -63,8 +63,13 @@ def disks(
     """
     _check_same_disks(owner, checkpoint)
     _check_mark(vm)
-    readers = {one.name: store.image(one.image) for one in checkpoint.disks}
-    with _at_rest(vm, owner) as ours:
+    with atrest.opened(vm, owner) as ours:
+        if checkpoint.retained and checkpoint.vm == vm.name and ours.retained.rewind(checkpoint.name):
+            ours.close()
+            lineage.write(vm, f"{checkpoint.vm}@{checkpoint.name}")
+            unfinished.clear(vm)
+            return tuple(Reverted(name, 0, 0) for name in sorted(ours.disks))
+        readers = {one.name: store.image(one.image) for one in checkpoint.disks}
         plans = {name: _compare(ours.disks[name], reader, store, progress) for name, reader in sorted(readers.items())}
         unfinished.write(vm, unfinished.REVERT, f"{checkpoint.vm}@{checkpoint.name}")
         for name, plan in plans.items():
@@ -72,6 +77,8 @@ def disks(
         ours.close()
         lineage.write(vm, f"{checkpoint.vm}@{checkpoint.name}")
         unfinished.clear(vm)
+        for reader in readers.values():
+            reader.close()
     return tuple(Reverted(name, readers[name].size, sum(length for _, length in plan)) for name, plan in plans.items())
 
 
@@ -95,39 +102,6 @@ def _check_mark(vm: paths.VmPaths) -> None:
     mark = unfinished.read(vm)
     if mark is not None and (mark.alive or mark.what != unfinished.REVERT):
         unfinished.check(vm)
-
-
-@contextlib.contextmanager
-def _at_rest(vm: paths.VmPaths, owner: definition.VmDefinition) -> Iterator[group.DiskGroup]:
-    """The VM's disks, ours alone, with nothing under way."""
-    opened: dict[str, stores.Store] = {}
-
-    def open_image(ref: api.ImageRef) -> images.ImageReader:
-        if ref.store not in opened:
-            opened[ref.store] = stores.Store.open(ref.store)
-        return opened[ref.store].image(ref.image)
-
-    try:
-        ours = group.DiskGroup.open(vm, open_image=open_image)
-    except errors.StateError as error:
-        raise errors.StateError(f"{error}; stop VM {owner.name} first: blkckpt stop {owner.name}") from error
-    try:
-        ours.start()
-        _wait_for_rest(ours, owner.name)
-        yield ours
-    finally:
-        ours.close()
-
-
-def _wait_for_rest(ours: group.DiskGroup, name: str) -> None:
-    status = ours.status()
-    if status.job is not None:
-        job = ours.job(status.job.id)
-        if not job.wait(REST_SECONDS):
-            raise errors.DeadlineError(f"VM {name}: the commit of an interrupted checkpoint does not end")
-        job.outcome()
-    if ours.status().state is not api.State.REST:
-        raise errors.StateError(f"VM {name}: a checkpoint is under way; wait for it or abort it")
 
 
 def _compare(
@@ -169,7 +143,11 @@ def _data_differs(
     for start, size in _chunks(offset, length):
         view = memoryview(buffer)[:size]
         target.pread(view, start)
-        if store.packs.codec.digest(view) != reader.entry(start // layout.CHUNK).hash:
+        if isinstance(reader, retained.RetainedReader):
+            same = view == reader.read(start, size)
+        else:
+            same = store.packs.codec.digest(view) == reader.entry(start // layout.CHUNK).hash
+        if not same:
             yield start, size
 
 

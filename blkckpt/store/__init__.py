@@ -14,6 +14,7 @@ What it is
     evidence/VM/NAME.json, .png    whether it lives when resumed, its guest's screen (evidence)
     pins/OWNER.json                images in use without a manifest                  (pins)
     images/xx/ID.image             an image: header and directory of leaves          (layout)
+                                   or a reference to layers that a VM keeps          (reference)
     packs/xx/ID.pack               chunks and leaves, an index, a trailer            (layout, packs)
     index/N.sqlite                 hash → place; a cache, may be deleted             (index)
     tmp/                           packs being written; residue of killed writers    (backend)
@@ -26,6 +27,10 @@ Data flow
     leaf → chunk, one ranged read each, O(1) whatever the size.  :mod:`retention` decides which checkpoints stay;
     :mod:`collect` deletes what, by :mod:`marks`, nothing needs, and has :mod:`repack` rewrite packs that are mostly
     dead; :mod:`check` verifies, :mod:`usage` accounts, :mod:`ingest` (a process of its own) copies frozen disks in.
+
+    The disks of a *retained* checkpoint are not here: under the id of each image stands a **reference** to layers in
+    the home of its VM, and ``Store.image`` reads those (:mod:`retained`).  Flattened, the table takes its place.
+    Whether a VM is to keep them is for the manifest to say (:mod:`keeping`).
 
     A **leaf** is the entries of 512 chunks, and is stored as a chunk.  An image that differs from its parent in one
     chunk therefore costs that chunk, one leaf and a directory; two images are compared by their directories, and
@@ -67,6 +72,9 @@ Crash windows
     *While packs are repacked.*  New packs are durable before a table names them, tables are replaced one by one, and
     what was emptied goes with a sweep afterwards: in between an image reads from the old places or the new ones, and
     both are there (:mod:`repack`).
+
+    *While a retained checkpoint is taken or flattened.*  References precede the manifest, tables replace references,
+    each by one rename, before the manifest says that it is not retained any more: whatever is there can be read.
 
     *While labels are changed.*  The old ones or the new ones are there.  Those a checkpoint is taken with precede its
     manifest; without it they count for nothing and are collected.

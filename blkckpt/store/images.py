@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from blkckpt import errors, lazy
 from blkckpt.store import layout, packs, readahead
+from blkckpt.store import reference as references
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +33,7 @@ _T = TypeVar("_T")
 _LEAVES_CACHED = 256
 """28 KiB each, 7 MiB in all: the entries of 8 GiB of image."""
 
-_LONGEST = (
+LONGEST = (
     layout.IMAGE_HEADER.size + layout.MAX_LABEL + layout.leaf_count(layout.MAX_IMAGE) * layout.ENTRY.size + layout.HASH
 )
 """The longest table there can be."""
@@ -69,14 +70,16 @@ class ImageInfo:
 
 
 def load_table(store: packs.Packs, image_id: str) -> layout.Table:
-    """Read and check the table of image *image_id*."""
+    """Read and check the table of image *image_id*; RetainedError if it is a retained one."""
     key = layout.image_key(layout.check_id(image_id))
     try:
-        data = store.backend.whole(key, _LONGEST)
+        data = store.backend.whole(key, LONGEST)
     except errors.NotFoundError as error:
         raise errors.NotFoundError(f"image {image_id} is not in the store") from error
     except errors.CorruptError as error:
         raise errors.CorruptError(f"image {image_id}: its table is longer than any can be") from error
+    if references.is_one(data):
+        raise references.RetainedError(references.decode(data, image_id))
     return layout.decode_table(data, image_id, store.codec.digest)
 
 

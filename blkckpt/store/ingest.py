@@ -36,7 +36,7 @@ from typing import IO, Any
 import numpy as np
 
 from blkckpt import errors, log
-from blkckpt.store import frozen, images, layout, lowly, store
+from blkckpt.store import frozen, images, layout, lowly, reference, store
 
 _INTERVAL = 0.2
 """Seconds between progress lines."""
@@ -73,6 +73,7 @@ class Job:
     parent: str | None
     rate: int | None
     label: str
+    image: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ def parse(line: bytes) -> Job:
             parent=None if fields["parent"] is None else layout.check_id(fields["parent"]),
             rate=None if fields["rate"] is None else _integer(fields["rate"]),
             label=str(fields["label"]),
+            image=None if fields.get("image") is None else layout.check_id(fields["image"]),
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, errors.InputError) as error:
         raise errors.ProtocolError(f"the copy job cannot be read: {error!r:.200}") from error
@@ -132,9 +134,11 @@ def run(job: Job, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Do *job*; returns the result message."""
     begun = time.monotonic()
     with store.Store.open(job.store) as target:
+        if job.image is not None and target.reference(job.image) is None:
+            return _flat_already(job, target.image(job.image), begun)
         disk = open_layers(job, target)
         plan = make_plan(job, disk, target)
-        with target.image_writer(job.size, parent=plan.parent, kind="disk", label=job.label) as out:
+        with target.image_writer(job.size, parent=plan.parent, kind="disk", label=job.label, image=job.image) as out:
             total = plan.chunks * layout.CHUNK
             done = 0
             pace = _Pace(job.rate)
@@ -151,6 +155,16 @@ def run(job: Job, progress: Callable[[int, int], None]) -> dict[str, Any]:
     return {
         "image": info.image, "size": info.size, "read": done, "new": info.new_bytes, "chunks": info.chunks,
         "new_chunks": info.new_chunks, "parent": plan.parent, "seconds": round(time.monotonic() - begun, 3),
+    }  # fmt: skip
+
+
+def _flat_already(job: Job, reader: images.ImageReader, begun: float) -> dict[str, Any]:
+    """The result for an image that an earlier job, interrupted before it was heard, has made."""
+    if reader.size != job.size:
+        raise errors.CorruptError(f"image {job.image} has {reader.size} bytes, the disk {job.size}")
+    return {
+        "image": job.image, "size": job.size, "read": 0, "new": 0, "chunks": 0, "new_chunks": 0, "parent": None,
+        "seconds": round(time.monotonic() - begun, 3),
     }  # fmt: skip
 
 
@@ -201,18 +215,20 @@ def _usable_parent(job: Job, target: store.Store) -> str | None:
     if job.parent is None:
         return None
     try:
-        if target.image(job.parent).size == job.size:
+        if images.load_table(target.packs, job.parent).size == job.size:
             return job.parent
         reason = "it has another size"
-    except (errors.NotFoundError, errors.CorruptError) as error:
+    except (errors.NotFoundError, errors.CorruptError, reference.RetainedError) as error:
         reason = str(error)
     _logger.warning("no parent for the copy: everything is read", extra={"fields": {"reason": reason}})
     return None
 
 
 def _is_here(layer: Layer, size: int, target: store.Store) -> bool:
-    """Whether *layer* is an image of this store and of this size."""
-    return os.path.realpath(layer.store) == os.path.realpath(target.path) and target.image(layer.image).size == size
+    """Whether *layer* is an image of this store and of this size, with a table of its own."""
+    if os.path.realpath(layer.store) != os.path.realpath(target.path) or target.reference(layer.image) is not None:
+        return False
+    return target.image(layer.image).size == size
 
 
 def _mask(disk: frozen.Frozen, plan: Plan, segment: int) -> frozen.Bools:

@@ -3,7 +3,8 @@
 The file ``manifests/VM/NAME.json`` is one JSON object in canonical form (sorted keys, no spaces, ASCII), ended by a
 newline, with two members of its own beside the fields of :class:`Manifest`:
 
-* ``requires``: names of incompatible features.  A reader refuses any that it does not know (today: all).
+* ``requires``: names of incompatible features.  A reader refuses any that it does not know.  Known: ``retained``,
+  the disks' images are layers that the VM keeps (:mod:`blkckpt.store.reference`), until it is flattened.
 * ``checksum``: ``sha256:`` and the hex digest of the same object in canonical form without this member.
 
 ``version`` is 1; a higher one is refused.  A field that the reader does not know is ignored (and covered by the
@@ -17,7 +18,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -31,6 +32,8 @@ MAX_BYTES = 1 << 50
 
 MAX_ITEMS = 4096
 """Bound of the number of disks, RAM blocks, arguments and notes."""
+
+RETAINED = "retained"
 
 CONSISTENCY = ("machine", "crash", "filesystem")
 
@@ -91,6 +94,7 @@ class GroupInfo:
 class Manifest:
     """One checkpoint.
 
+    ``retained``: the bytes of its disks are in layers of the VM, for which their images stand.
     ``parent`` is ``NAME`` of the same VM or ``VM@NAME``, and may have been removed.  ``timings`` are seconds by name,
     ``notes`` are sentences for the user.
     """
@@ -107,6 +111,7 @@ class Manifest:
     timings: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     notes: tuple[str, ...] = ()
     group: GroupInfo | None = None
+    retained: bool = False
     version: int = VERSION
 
     def images(self) -> list[str]:
@@ -121,7 +126,7 @@ def encode(manifest: Manifest) -> bytes:
     """The file of *manifest*.  Raises InputError if it is not one that :func:`decode` would take."""
     fields = {
         "version": VERSION,
-        "requires": [],
+        "requires": [RETAINED] if manifest.retained else [],
         "vm": manifest.vm,
         "name": manifest.name,
         "id": manifest.id,
@@ -149,8 +154,11 @@ def seal(fields: Mapping[str, Any]) -> bytes:
     return _canonical({**fields, "checksum": f"sha256:{digest}"}) + b"\n"
 
 
-def unseal(data: bytes, what: str) -> dict[str, Any]:
-    """The fields of a sealed file: an object of a version that is known, whole and in canonical form."""
+def unseal(data: bytes, what: str, known: Collection[str] = ()) -> dict[str, Any]:
+    """The fields of a sealed file: an object of a version that is known, whole and in canonical form.
+
+    *known* are the features that it may require.
+    """
     if len(data) > MAX_SIZE:
         raise errors.CorruptError(f"{what} is longer than {MAX_SIZE} bytes")
     try:
@@ -159,7 +167,7 @@ def unseal(data: bytes, what: str) -> dict[str, Any]:
         raise errors.CorruptError(f"{what} is not JSON: it is torn or foreign") from error
     reader = _Reader(fields, what)
     version = reader.integer("version", 1, 1 << 30)
-    if version > VERSION or reader.items("requires", _string(64)):
+    if version > VERSION or set(reader.items("requires", _string(64))).difference(known):
         raise errors.CorruptError(f"{what} was written by a newer blkckpt (version {version}); upgrade blkckpt")
     checksum = fields.pop("checksum", None)
     try:
@@ -173,7 +181,7 @@ def unseal(data: bytes, what: str) -> dict[str, Any]:
 
 def decode(data: bytes, what: str) -> Manifest:
     """Parse a manifest file; raises CorruptError naming *what* and the field."""
-    return _manifest(_Reader(unseal(data, what), what))
+    return _manifest(_Reader(unseal(data, what, (RETAINED,)), what))
 
 
 def _canonical(fields: Mapping[str, Any]) -> bytes:
@@ -219,6 +227,7 @@ def _manifest(reader: _Reader) -> Manifest:
         timings=MappingProxyType(reader.timings()),
         notes=reader.items("notes", _string(4096)),
         group=None if reader.get("group") is None else _group(reader.child("group")),
+        retained=RETAINED in reader.items("requires", _string(64)),
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from blkckpt import errors, lazy
-from blkckpt.store import backend, images, index, layout, manifest, packs, pins
+from blkckpt.store import backend, images, index, layout, manifest, packs, pins, reference
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,6 +74,12 @@ class Marks:
     images: set[str] = field(default_factory=set)
     usage: dict[int, Usage] = field(default_factory=dict)
     leaves: set[bytes] = field(default_factory=set)
+    references: set[str] = field(default_factory=set)
+    """Of the images, the retained ones: they need nothing of the store, until they are flattened."""
+
+    def tables(self) -> list[str]:
+        """The images that have tables, sorted."""
+        return sorted(self.images - self.references)
 
     def add(self, entries: layout.Array, *, leaves: bool = False) -> None:
         """Mark the payloads of *entries*, which are *leaves* or chunks of data."""
@@ -156,12 +162,18 @@ def again(store: packs.Packs, early: Marks) -> Marks:
     """
     if early.images - set(roots(store.backend)):
         early = Marks()
+    early.images -= early.references  # they may have been flattened
+    early.references.clear()
     mark(store, early)
     return early
 
 
 def _mark_image(store: packs.Packs, image: str, marks: Marks) -> None:
-    table = images.load_table(store, image)
+    try:
+        table = images.load_table(store, image)
+    except reference.RetainedError:
+        marks.references.add(image)
+        return
     marks.add(table.leaves, leaves=True)
     for leaf in np.flatnonzero(table.leaves["raw"]).tolist():
         digest = table.leaves["hash"][leaf].tobytes()

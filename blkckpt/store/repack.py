@@ -199,7 +199,7 @@ def _rewrite_leaves(
 ) -> dict[bytes, bytes | None]:
     """Hash of each leaf that is needed → its new directory entry, or None if it stays."""
     found: dict[bytes, bytes | None] = {}
-    for image in sorted(marked.images):
+    for image in marked.tables():
         table = images.load_table(store, image)
         for leaf in np.flatnonzero(table.leaves["raw"]).tolist():
             digest = table.leaves["hash"][leaf].tobytes()
@@ -238,7 +238,7 @@ def _moved(entries: layout.Array, moves: dict[int, _Moves]) -> layout.Array | No
 def _replace_tables(store: packs.Packs, marked: marks.Marks, leaves: dict[bytes, bytes | None]) -> int:
     """Point the tables to the new leaves, which are durable; returns how many tables were replaced."""
     count = 0
-    for image in sorted(marked.images):
+    for image in marked.tables():
         table = images.load_table(store, image)
         directory = table.leaves.copy()
         changed = False

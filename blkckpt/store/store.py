@@ -16,10 +16,12 @@ from blkckpt.store import backend, codec, collect, images, index, layout, lock, 
 from blkckpt.store import evidence as evidence_format
 from blkckpt.store import labels as label_format
 from blkckpt.store import manifest as manifest_format
+from blkckpt.store import reference as references
 
 if TYPE_CHECKING:
-    from blkckpt.store import writer
+    from blkckpt.store import retained, writer
 else:
+    retained = lazy.Module("blkckpt.store.retained")
     writer = lazy.Module("blkckpt.store.writer")
 
 _OURS = {
@@ -113,8 +115,12 @@ class Store:
         kind: str = "disk",
         label: str = "",
         workers: int | None = None,
+        image: str | None = None,
     ) -> writer.ImageWriter:
-        """Begin an image of *size* bytes; with a *parent* (of the same size) unwritten chunks are the parent's."""
+        """Begin an image of *size* bytes; with a *parent* (of the same size) unwritten chunks are the parent's.
+
+        *image* is the id of a retained one that it takes the place of.
+        """
         if not 0 <= size <= layout.MAX_IMAGE:
             raise errors.InputError(
                 f"an image cannot have {size} bytes; the most is {units.format_size(layout.MAX_IMAGE)}"
@@ -122,20 +128,53 @@ class Store:
         self._begin()
         try:
             self._reconcile()
-            above = self.image(parent) if parent else None
+            above = images.ImageReader(self.packs, images.load_table(self.packs, parent)) if parent else None
+            if image is not None and self.reference(image) is None:
+                raise errors.StateError(f"image {image} is not a retained one; it is not replaced")
             if above and above.size != size:
                 raise errors.InputError(f"parent image {parent} has {above.size} bytes, the new image {size}")
             return writer.ImageWriter(
                 writer.Resources(self.packs, self.index),
-                size, parent=above, kind=kind, label=label, done=self._end, workers=workers,
+                size, parent=above, kind=kind, label=label, done=self._end, workers=workers, image=image,
             )  # fmt: skip
         except BaseException:
             self._end(None)
             raise
 
     def image(self, image_id: str, *, cache: int = images.CACHE, ahead: bool = False) -> images.ImageReader:
-        """Open an image for reading; *cache* is the bytes of chunks to keep, *ahead* is for a guest's disk."""
-        return images.ImageReader(self.packs, images.load_table(self.packs, image_id), cache=cache, ahead=ahead)
+        """Open an image for reading; *cache* is the bytes of chunks to keep, *ahead* is for a guest's disk.
+
+        A retained one is read from its VM's layers, which it keeps where they are until it is closed.
+        """
+        while True:
+            try:
+                return images.ImageReader(self.packs, images.load_table(self.packs, image_id), cache=cache, ahead=ahead)
+            except references.RetainedError as error:
+                found = error.reference
+            reader = retained.open_image(found)
+            if reader is not None:
+                return reader
+            if self.reference(image_id) is not None:  # else it has been flattened meanwhile
+                raise errors.CorruptError(
+                    f"{found.owner} is retained, but VM {found.vm} in {found.home} does not have its layers any more; "
+                    "remove the checkpoint"
+                )
+
+    def reference(self, image_id: str) -> references.Reference | None:
+        """What stands for image *image_id* if it is a retained one; NotFoundError if it is not there."""
+        key = layout.image_key(layout.check_id(image_id))
+        try:
+            data = self._backend.get(key, 0, 1)
+            if not references.is_one(data):
+                return None
+            data = self._backend.whole(key, images.LONGEST)
+        except errors.NotFoundError as error:
+            raise errors.NotFoundError(f"image {image_id} is not in the store") from error
+        return references.decode(data, image_id) if references.is_one(data) else None
+
+    def put_reference(self, reference: references.Reference) -> None:
+        """Let a VM's layers stand for an image, before the manifest that names it.  The caller holds the store."""
+        self._backend.put(layout.image_key(reference.image), references.encode(reference), exclusive=True)
 
     def image_ids(self) -> Iterator[str]:
         """Every image in the store, whether a manifest names it or not."""
@@ -167,9 +206,14 @@ class Store:
     def amend_manifest(self, m: manifest_format.Manifest) -> None:
         """Replace a published manifest by one that differs in its timings and notes only (atomically, as S1).
 
-        For what is known only after the commit point.  StateError when the checkpoint is not there, or differs.
+        For what is known only after the commit point.  Also by one that is not retained any more, when all its images
+        have tables.  StateError when the checkpoint is not there, or differs.
         """
         there = self.manifest(m.vm, m.name)
+        if there.retained and not m.retained:
+            for image_id, size in _sizes(m):
+                self._check_image(m, image_id, size)
+            there = dataclasses.replace(there, retained=False)
         if dataclasses.replace(there, timings=m.timings, notes=m.notes) != m:
             raise errors.StateError(f"{m.vm}@{m.name} is another checkpoint now; it is left as it is")
         self._backend.put(_manifest_key(m.vm, m.name), manifest_format.encode(m))
@@ -299,7 +343,8 @@ class Store:
         with self.hold():
             wanted = list(dict.fromkeys(image_ids))
             for image_id in wanted:
-                images.load_table(self.packs, image_id)
+                if self.reference(image_id) is None:
+                    images.load_table(self.packs, image_id)
             self._backend.put(pins.key(owner), pins.encode(owner, wanted))
 
     def unpin(self, owner: str) -> None:
@@ -384,11 +429,19 @@ class Store:
             self._reconciled = False
 
     def _check_image(self, m: manifest_format.Manifest, image_id: str, size: int) -> None:
-        table = images.load_table(self.packs, image_id)
-        if table.size != size:
+        try:
+            table = images.load_table(self.packs, image_id)
+            found = table.size
+        except references.RetainedError as error:
+            if not m.retained:
+                raise
+            table, found = None, error.reference.size
+        if found != size:
             raise errors.InputError(
-                f"manifest {m.vm}@{m.name}: image {image_id} has {table.size} bytes, the manifest says {size}"
+                f"manifest {m.vm}@{m.name}: image {image_id} has {found} bytes, the manifest says {size}"
             )
+        if table is None:
+            return
         for pack in {int(pack) for pack in table.leaves["pack"]} - {0}:
             if not self.packs.exists(pack):
                 raise errors.CorruptError(f"image {image_id} needs pack {pack:016x}, which is not in the store")

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blkckpt import errors
-from blkckpt.store import images, layout, manifest, store
+from blkckpt.store import images, layout, manifest, reference, store
 
 Keys = npt.NDArray[np.uint64]
 Ids = npt.NDArray[np.int32]
@@ -155,8 +155,16 @@ class _Table:
         self.raw = np.zeros(0, np.int64)
 
     def add(self, image: str) -> None:
-        """Read the table of *image*, and those of its leaves that no other image had."""
-        table = images.load_table(self._place.packs, image)
+        """Read the table of *image*, and those of its leaves that no other image had.
+
+        A retained one has no table, and nothing in the store.
+        """
+        try:
+            table = images.load_table(self._place.packs, image)
+        except reference.RetainedError as error:
+            nothing = np.zeros(0, np.int64)
+            self.images[image] = _Image(error.reference.size, nothing, nothing)
+            return
         numbers, directory = [], table.leaves
         for leaf in np.flatnonzero(directory["raw"]).tolist():
             entry = directory[leaf : leaf + 1]

@@ -84,12 +84,17 @@ class ImageWriter:
         label: str,
         done: Callable[[str | None], None],
         workers: int | None = None,
+        image: str | None = None,
     ) -> None:
-        """*done* is called once, with the image's id or None after an abort."""
+        """*done* is called once, with the image's id or None after an abort.
+
+        *image* is the id of a reference, which the image is to replace; ``None``: a new one.
+        """
         if kind not in layout.IMAGE_KINDS:
             raise errors.InputError(f"{kind!r} is not a kind of image; use one of {', '.join(layout.IMAGE_KINDS)}")
         self.size = size
-        self.image_id = secrets.token_hex(16)
+        self.image_id = image or secrets.token_hex(16)
+        self._replaces = image is not None
         self._packs, self._index, self._codec = resources.packs, resources.index, resources.packs.codec
         self._parent, self._kind, self._label, self._done = parent, kind, label, done
         self._table = leaves.LeafTable(
@@ -399,7 +404,7 @@ class ImageWriter:
             self.image_id, self.size, self._kind, self._label, parent, time.time_ns(), self._table.directory.tobytes()
         )
         data = layout.encode_table(table, self._codec.digest)
-        self._packs.backend.put(layout.image_key(self.image_id), data, exclusive=True)
+        self._packs.backend.put(layout.image_key(self.image_id), data, exclusive=not self._replaces)
         return images.ImageInfo(
             image=self.image_id,
             size=self.size,

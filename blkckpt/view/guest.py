@@ -116,7 +116,7 @@ def _look(disk: sources.Source) -> Found:
 class Volume:
     """One volume, with the entries seen last."""
 
-    def __init__(self, volume: volumes.Volume, disk: content.Image) -> None:
+    def __init__(self, volume: volumes.Volume, disk: content.Content) -> None:
         self._volume, self.disk = volume, disk
         self._lock = threading.Lock()
         self._entries: OrderedDict[str, volumes.Entry] = OrderedDict()

@@ -145,7 +145,8 @@ class _Pin:
         with lock.shared(self._store.path / "lock", LOCK_SECONDS):
             for image in every - self._written:
                 try:
-                    images.load_table(self._store.packs, image)
+                    if self._store.reference(image) is None:
+                        images.load_table(self._store.packs, image)
                 except errors.NotFoundError:
                     if image in wanted:
                         raise

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from blkckpt import durable, errors, lazy, log, paths, units
 from blkckpt.memory import skeleton
-from blkckpt.store import images, manifest
+from blkckpt.store import images, manifest, reference
 from blkckpt.store import store as stores
-from blkckpt.view import chunks, content
+from blkckpt.view import chunks, content, layers
 from blkckpt.vm import definition
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Library:
         )
         self._made: _Recent[int, tuple[Checkpoint, Any]] = _Recent(FOLDERS)
         self._shelves: _Recent[str, _Shelf] = _Recent(CHECKPOINTS)
-        self._images: _Recent[tuple[str, str], tuple[content.Image, int]] = _Recent(TABLES, lambda value: value[1])
+        self._images: _Recent[tuple[str, str], tuple[content.Content, int]] = _Recent(TABLES, lambda value: value[1])
         self._indexes: _Recent[tuple[str, str], skeleton.Index] = _Recent(FACTS // 64)
         self._used: _Recent[tuple[str, str], int] = _Recent(FACTS)
         self._decoded: _Recent[tuple[str, str], dict[str, Any]] = _Recent(DECODED)
@@ -262,11 +262,14 @@ class Library:
 
     # --- images
 
-    def image(self, store: stores.Store, image_id: str) -> content.Image:
+    def image(self, store: stores.Store, image_id: str) -> content.Content:
         """The image, opened."""
 
-        def load() -> tuple[content.Image, int]:
-            table = images.load_table(store.packs, image_id)
+        def load() -> tuple[content.Content, int]:
+            try:
+                table = images.load_table(store.packs, image_id)
+            except reference.RetainedError as error:
+                return layers.Layers(store, image_id, error.reference.size), 1024
             return content.Image(store.packs, table, self.cache), len(table.directory) + 1024
 
         return self._images.make((store.info.id.hex(), image_id), load)[0]

@@ -1,9 +1,14 @@
-"""A random life of a VM's disks, run under the recorder: ``python -m tests.faults.disk_workload HOME SEED STEPS END``.
+"""A random life of a VM's disks, run under the recorder.
+
+``python -m tests.faults.disk_workload HOME SEED STEPS END [retain]``
 
 Writes, zeroes and trims of all sizes from one and two threads, flushes, FUA, and up to three stacked checkpoints in all
 their stages with guest writes in between: prepared, switched, copied (a stand-in that reads the frozen layers),
 committed, aborted, in any order.  Every request is announced to the log before it is issued and after it is
 acknowledged.
+
+With ``retain`` some checkpoints are retained: a file in ``HOME/kept`` stands for the manifest, and holds the digests of
+the disks' contents at the switch.  Now and then one of them is given up again.
 
 END is ``close`` for a clean stop; ``kill``: the process goes at once, as under kill -9, and its live maps stay; or
 ``rest``: it waits for the recovery's end, then stops.
@@ -13,16 +18,20 @@ Content is a function of the request's number, so the log need not carry it twic
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 import random
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-from blkckpt import paths
+from blkckpt import durable, paths
 from blkckpt.disk import api, commit, disk, group, job
+from blkckpt.disk import format as formats
 from tests.faults import recorder
 
 VM = "vm"
@@ -47,16 +56,20 @@ def content(request: int, length: int) -> bytes:
 class Round:
     """A checkpoint under way."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, retain: bool) -> None:
         self.name = name
+        self.retain = retain
+        self.contents: dict[str, str] = {}
         self.stage = "rest"
 
 
 class Life:
     """One run of the workload."""
 
-    def __init__(self, opened: group.DiskGroup, seed: int) -> None:
+    def __init__(self, opened: group.DiskGroup, seed: int, kept: Path | None = None) -> None:
+        """*kept*: where retained checkpoints are published, if there are to be some."""
         self.group = opened
+        self.kept = kept
         self.rng = random.Random(seed)
         self.numbers = itertools.count(seed << 24)
         self.rounds: list[Round] = []
@@ -129,6 +142,8 @@ class Life:
     def step(self) -> None:
         """Work, and begin a checkpoint, or go one stage on with one, or break one off."""
         self.work()
+        if self.kept is not None and self.rng.random() < 0.1:
+            self.give_up(self.kept)
         newest = self.rounds[-1] if self.rounds else None
         if newest is None or (newest.stage != "prepared" and len(self.rounds) < 3 and self.rng.random() < 0.4):
             self.begin()
@@ -137,9 +152,14 @@ class Life:
         if self.rng.random() < 0.15:
             self.end(one, "aborted", lambda: self.group.abort(one.name))
         elif one.stage == "prepared":
-            self.move(one, "switched", lambda: self.group.switch(one.name))
+            self.move(one, "switched", lambda: self.switch(one))
+        elif one.retain:
+            self.publish(one)
         elif one.stage == "switched":
             first = next(other for other in self.rounds if other.stage == "switched")
+            if first.retain:  # its map of changes is part of the next copy's
+                self.publish(first)
+                return
             self.move(first, "copied", lambda: self.copy(first.name))
         else:
             self.end(one, "committed", lambda: self.group.commit(one.name))
@@ -147,8 +167,9 @@ class Life:
     def begin(self) -> None:
         while len(self.group.status().disks[0].overlays) >= 6:  # the recovery before, or commits that wait their turn
             self.work()
-        one = Round(f"c{next(self.numbers)}")
-        self.move(one, "prepared", lambda: self.group.prepare(one.name))
+        retain = self.kept is not None and self.rng.random() < 0.6 and len(list(self.kept.iterdir())) < 5
+        one = Round(f"c{next(self.numbers)}", retain)
+        self.move(one, "prepared", lambda: self.group.prepare(one.name, retain=retain))
         self.rounds.append(one)
 
     def move(self, one: Round, stage: str, action: Callable[[], object]) -> None:
@@ -156,6 +177,25 @@ class Life:
         action()
         mark(stage=f"{one.name} {stage}")
         one.stage = stage
+
+    def switch(self, one: Round) -> None:
+        self.group.switch(one.name)
+        if one.retain:
+            one.contents = {name: digest(target) for name, target in self.group.disks.items()}
+
+    def publish(self, one: Round) -> None:
+        """The manifest; its commit is heard, or the driver dies before that."""
+        assert self.kept is not None
+        marks = {name: formats.Retained("/kept", one.name, "0" * 32, image(one.name, name)) for name in one.contents}
+        self._end(self.group.start_retain(marks, one.name))
+        durable.create_file(self.kept / one.name, json.dumps(one.contents).encode())
+        self.end(one, "published", lambda: (self.group.commit, self.group.abort)[self.rng.random() < 0.3](one.name))
+
+    def give_up(self, kept: Path) -> None:
+        names = sorted(path.name for path in kept.iterdir())
+        if names:
+            durable.remove(kept / self.rng.choice(names))
+            self._end(self.group.review())
 
     def copy(self, name: str) -> None:
         """The stand-in reads nothing: what is copied is not this test's matter, when it may begin is the group's."""
@@ -185,6 +225,18 @@ class Life:
         running.outcome()
 
 
+def digest(target: disk.Disk) -> str:
+    """Of the whole content of a disk, as the guest reads it."""
+    buffer = bytearray(target.size)
+    target.pread(buffer, 0)
+    return hashlib.sha256(buffer).hexdigest()
+
+
+def image(checkpoint: str, name: str) -> str:
+    """The image that stands for a disk of a retained checkpoint."""
+    return hashlib.blake2b(f"{checkpoint}/{name}".encode(), digest_size=16).hexdigest()
+
+
 def any_range(rng: random.Random, target: disk.Disk) -> tuple[int, int]:
     limit = min(HOT, target.size) if rng.random() < 0.7 else target.size
     kind = rng.randrange(4)
@@ -212,13 +264,14 @@ def own_range(rng: random.Random, size: int, number: int) -> tuple[int, int]:
     return offset, rng.randint(1, min(stop - offset, 30000))
 
 
-def main(home: str, seed: str, steps: str, end: str) -> None:
+def main(home: str, seed: str, steps: str, end: str, retain: str = "") -> None:
     commit.WINDOW_BYTES, commit.WINDOW_RUNS = WINDOW, 3
     vm = paths.home(home).vm(VM)
-    opened = group.DiskGroup.open(vm, open_image=no_image)
+    kept = Path(home) / "kept"
+    opened = group.DiskGroup.open(vm, open_image=no_image, wanted=lambda mark: (kept / mark.checkpoint).exists())
     opened.start()
     mark(stage="rest" if opened.status().state is api.State.REST else "recovering")
-    life = Life(opened, int(seed))
+    life = Life(opened, int(seed), kept if retain else None)
     for _ in range(int(steps)):
         life.step()
     if end == "kill":

@@ -8,6 +8,8 @@ still read the same and nothing be left over.
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import random
 import shutil
 import time
@@ -21,6 +23,7 @@ import pytest
 from blkckpt import errors, paths
 from blkckpt.disk import api, group
 from blkckpt.disk import format as formats
+from blkckpt.store import reference, retained
 from tests.faults import crash, disk_workload, ledger, powerloss, recorder
 
 SIZES = {"vda": 600 * 1024 + 512, "vdb": 96 * 1024}
@@ -43,6 +46,7 @@ class Place:
         self.boot = boot
         self.home = paths.home(self.root / "home")
         self.vm = self.home.vm(disk_workload.VM)
+        self.kept = self.home.root / "kept"
 
     def base(self, name: str) -> Path:
         return self.root / f"{name}.raw"
@@ -56,6 +60,7 @@ class Place:
         for name, content in contents.items():
             self.base(name).write_bytes(content)
         paths.private_directory(self.vm.root)
+        paths.private_directory(self.kept)
         specs = [api.DiskSpec(name, str(self.base(name)), size) for name, size in SIZES.items()]
         group.DiskGroup.create(self.vm, uuid.UUID(int=seed).hex, specs)
         return {name: ledger.DiskLedger.of(content) for name, content in contents.items()}
@@ -69,7 +74,9 @@ class Place:
         """Open the disks as the first thing after a power cut."""
         self.forget_live()
         self.boot.write_text(f"{uuid.uuid4()}\n")
-        return group.DiskGroup.open(self.vm, open_image=disk_workload.no_image)
+        return group.DiskGroup.open(
+            self.vm, open_image=disk_workload.no_image, wanted=lambda mark: (self.kept / mark.checkpoint).exists()
+        )
 
     def run(self, *arguments: str) -> list[recorder.Event]:
         return recorder.run(
@@ -90,13 +97,15 @@ def place(shm: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 class Life:
     """One recorded life: the files it began with, what it did, what it was promised."""
 
-    def __init__(self, place: Place, seed: int) -> None:
+    def __init__(self, place: Place, seed: int, *, retain: str = "") -> None:
         self.place = place
+        self.retain = retain
+        self.seed = seed
         self.ledgers = place.create(seed)
         self.start = crash.Machine.of_directory(place.root)
         self.bases = {place.base(name).stat().st_ino for name in SIZES}
         for number, (steps, end) in enumerate(SEGMENTS):
-            self.events = place.run(str(seed * 10 + number), steps, end)
+            self.events = place.run(str(seed * 10 + number), steps, end, *([retain] if retain else []))
         self._enter_marks()
         powerloss.assert_complete(self.machine(), self.events, place.root)
 
@@ -141,6 +150,8 @@ class Life:
                 return problem
             opened.start()
             wait_for_rest(opened)
+            if problem := self._retained(opened):
+                return problem
             if read_all(opened) != first:
                 return "D8: the recovery's commit changed what the disk reads"
         finally:
@@ -153,8 +164,28 @@ class Life:
                 return f"{name} {problem}"
         return None
 
+    def _retained(self, opened: group.DiskGroup) -> str | None:
+        """D1, S2: every checkpoint that was published is the disk of its switch, and no other is kept."""
+        names = {path.name for path in self.place.kept.iterdir() if not path.name.startswith(".")}
+        held = {overlay.retained for disk in opened.status().disks for overlay in disk.overlays}
+        if held != names:
+            return f"A3, S2: kept is {sorted(map(str, held))}, published {sorted(names)}"
+        for name in names:
+            for disk, wanted in json.loads((self.place.kept / name).read_bytes()).items():
+                found = reference.Reference(
+                    disk_workload.image(name, disk), str(self.place.home.root), disk_workload.VM,
+                    uuid.UUID(int=self.seed).hex, disk, SIZES[disk], name,
+                )  # fmt: skip
+                reader = retained.open_image(found)
+                if reader is None or hashlib.sha256(reader.read(0, reader.size)).hexdigest() != wanted:
+                    return f"D1: {disk} of {name} is not what it was at the switch"
+                reader.close()
+        return None
+
     def _residue(self) -> str | None:
         """D8: of the layers nothing is left; a clean stop keeps one map of changes a disk (D13)."""
+        if self.retain:
+            return None  # looked at while it was open
         left = sorted(path.name for path in self.place.vm.layers.glob("*"))
         kept = [name.split(".")[0] for name in left if name.endswith(".changed")]
         return None if kept == sorted(SIZES) and len(left) == len(SIZES) else f"D8: left behind: {left}"
@@ -178,7 +209,9 @@ def wait_for_rest(opened: group.DiskGroup) -> None:
     limit = time.monotonic() + 20
     while True:
         status = opened.status()
-        if status.state is api.State.REST and not any(disk.overlays for disk in status.disks):
+        passing = [overlay for disk in status.disks for overlay in disk.overlays if overlay.retained is None]
+        job_ended = status.job is None or status.job.state != "running"
+        if status.state is api.State.REST and job_ended and not passing:
             return
         assert time.monotonic() < limit, f"not at rest: {status}"
         time.sleep(0.001)
@@ -192,6 +225,33 @@ def test_d2_d3_d8_hold_after_any_power_cut(place: Place, seed: int, full: bool) 
     count = 2000 if full else 200
     problems = life.failures(life.events, count, seed)
     assert not problems, "\n".join(problems)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [31, 32])
+def test_d1_s2_retained_checkpoints_hold_after_any_power_cut(place: Place, seed: int, full: bool) -> None:
+    """D1, S2, A3: and D2, D3 of the disks that go on above them."""
+    life = Life(place, seed, retain="retain")
+    problems = life.failures(life.events, 2000 if full else 100, seed)
+    assert not problems, "\n".join(problems)
+
+
+def test_negative_control_retained_before_it_is_durable(place: Place) -> None:
+    """S2 broken on purpose: bases that are never synced, below manifests that are.  It must be seen."""
+    life = Life(place, 31, retain="retain")
+
+    def check(_state: crash.State) -> str | None:
+        opened = place.reboot()
+        try:
+            opened.start()
+            wait_for_rest(opened)
+            return life._retained(opened)
+        finally:
+            opened.close()
+
+    events = recorder.without_syncs(life.events, life.bases)
+    problems = powerloss.failures(life.machine(), events, place.root, SEEN, 31, check, enough=1)
+    assert any("D1" in problem for problem in problems)
 
 
 @pytest.mark.timeout(1800)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import threading
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 
 from blkckpt import paths
-from blkckpt.disk import api, barrier, copier, fileio, group
+from blkckpt.disk import api, barrier, copier, fileio, group, retaining
 from blkckpt.disk import format as formats
+from blkckpt.store import reference, retained
 
 IMAGE = api.ImageRef("/nowhere", "image-0")
+VM_ID = "ef" * 16
 
 
 class MemoryImage:
@@ -63,6 +66,7 @@ class Rig:
         self.root = root
         self.image = image
         self.sizes = sizes
+        self.wanted: retaining.Wanted = lambda mark: True
         specs = []
         for name, size in sizes.items():
             path = self.base(name)
@@ -70,14 +74,16 @@ class Rig:
                 path.write_bytes(b"")
                 os.truncate(path, size)
             specs.append(api.DiskSpec(name, str(path), size, IMAGE if image is not None else None))
-        group.DiskGroup.create(self.vm, "vm-id", specs)
+        group.DiskGroup.create(self.vm, VM_ID, specs)
         self.group = self.open()
 
     def base(self, name: str = "vda") -> Path:
         return self.root / f"{name}.raw"
 
     def open(self, *, start: bool = True) -> group.DiskGroup:
-        self.group = group.DiskGroup.open(self.vm, open_image=lambda ref: MemoryImage(self.image or b""))
+        self.group = group.DiskGroup.open(
+            self.vm, open_image=lambda ref: MemoryImage(self.image or b""), wanted=lambda mark: self.wanted(mark)
+        )
         if start:
             self.group.start()
         return self.group
@@ -97,6 +103,24 @@ class Rig:
         self.group.abandon()
         shutil.rmtree(self.vm.live)
         return self.open(start=start)
+
+    def marks(self, checkpoint: str) -> dict[str, formats.Retained]:
+        """What the disks are told to keep *checkpoint* as."""
+        return {
+            name: formats.Retained("/nowhere", checkpoint, "ab" * 16, self.kept_image(checkpoint, name))
+            for name in self.sizes
+        }
+
+    def kept_image(self, checkpoint: str, name: str) -> str:
+        """The image that stands for a disk of a retained checkpoint."""
+        return hashlib.blake2b(f"{checkpoint}/{name}".encode(), digest_size=16).hexdigest()
+
+    def retained(self, checkpoint: str, name: str = "vda") -> retained.RetainedReader | None:
+        """A reader of a retained disk, from its files, as another process would open it."""
+        found = reference.Reference(
+            self.kept_image(checkpoint, name), str(self.root), "vm", VM_ID, name, self.sizes[name], checkpoint
+        )
+        return retained.open_image(found)
 
     def read(self, name: str = "vda") -> bytes:
         buf = bytearray(self.sizes[name])

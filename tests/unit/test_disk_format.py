@@ -26,7 +26,7 @@ def state() -> formats.GroupState:
             "/base",
             1 << 40,
             changed,
-            (formats.OverlayState("02" * 16, True),),
+            (formats.OverlayState("02" * 16, formats.Retained("/s", "c1", "06" * 16, "07" * 16)),),
             (formats.ChangedState("03" * 16),),
         ),
         formats.DiskState("vdb", "/b", 700, changed, source=api.ImageRef("/store", "image-9"), fill="04" * 16),

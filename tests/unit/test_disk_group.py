@@ -547,7 +547,8 @@ def add_overlay(rig: disks.Rig, *, retain: bool = False) -> None:
     disk = saved.disks[0]
     layer_id = stack.new_id()
     stack.create_overlay(stack.Place(rig.vm, "vda", disk.size, saved.boot), layer_id).close()
-    below = tuple(dataclasses.replace(item, retained=retain) for item in disk.overlays)
+    kept = formats.Retained("/nowhere", "c1", "ab" * 16, "cd" * 16) if retain else None
+    below = tuple(dataclasses.replace(item, retained=kept) for item in disk.overlays)
     disk = dataclasses.replace(disk, overlays=(formats.OverlayState(layer_id), *below))
     durable.write_file(rig.vm.state, formats.encode_state(dataclasses.replace(saved, disks=(disk, *saved.disks[1:]))))
     rig.open(start=False)

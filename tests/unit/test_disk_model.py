@@ -4,7 +4,8 @@ After a clean stop or kill -9 every byte is the model's.  After power loss every
 flush or became since (coarse: the live maps are lost, file contents stay; the full simulation is in tests/faults).
 Checkpoints are stacked: each copy's frozen layers are compared with the model of its switch, however late it comes and
 whatever was committed meanwhile (D1), and what an incremental copy reads must cover every difference from the image
-that it is relative to (D13).
+that it is relative to (D13).  Some checkpoints are retained, and are read from their layers, by a reader of its own and
+by the copy that flattens them, until they are let go.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ IMAGE = bytes(8192) + bytes(range(256)) * 200 + bytes(16384) + b"tail" * 1000
 class Round:
     """A checkpoint under way."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, retain: bool) -> None:
         self.name = name
+        self.retain = retain
         self.stage = "prepared"
         self.frozen = b""
         self.job: Any = None
@@ -55,6 +57,8 @@ class Machine(RuleBasedStateMachine):
         self.patch.setattr(copier, "copy", self.copy_disk)
         self.root = Path(tempfile.mkdtemp(prefix="blkckpt-model-"))
         self.rig = disks.Rig(self.root, {"vda": SIZE}, self.image)
+        self.rig.wanted = lambda mark: mark.checkpoint in self.retained
+        self.retained: dict[str, bytes] = {}
         start = self.image or b""
         self.model = bytearray(start.ljust(SIZE, b"\0"))
         self.since_flush = [bytes(self.model)]
@@ -142,13 +146,15 @@ class Machine(RuleBasedStateMachine):
         return [one for one in self.rounds if one.stage == stage]
 
     @precondition(lambda self: len(self.rounds) < 4 and not self.newest("prepared"))
-    @rule()
-    def prepare(self) -> None:
-        if len(self.rig.group.status().disks[0].overlays) >= rounds.MAX_OVERLAYS:
+    @rule(retain=st.booleans())
+    def prepare(self, retain: bool) -> None:
+        status = self.rig.group.status().disks[0]
+        if len(status.overlays) >= rounds.MAX_OVERLAYS:
             return
+        retain = retain and status.source is None
         self.count += 1
-        self.rig.group.prepare(f"c{self.count}")
-        self.rounds.append(Round(f"c{self.count}"))
+        self.rig.group.prepare(f"c{self.count}", retain=retain)
+        self.rounds.append(Round(f"c{self.count}", retain))
 
     @precondition(lambda self: self.newest("prepared"))
     @rule()
@@ -172,7 +178,9 @@ class Machine(RuleBasedStateMachine):
         """D1: the frozen layers are the disk of the switch.  D13: what is read covers what differs."""
         data = bytearray(SIZE)
         chain.read(frozen.view, data, 0)
-        assert data == self.frozen[options.label.partition("/")[0]]
+        assert data == self.frozen[options.label.partition("/")[0].rpartition("@")[2]]
+        if options.image is not None:
+            return {"image": options.image, "size": SIZE}
         if frozen.changed is not None:
             assert frozen.parent is not None
             before = self.images[frozen.parent]
@@ -185,17 +193,72 @@ class Machine(RuleBasedStateMachine):
         self.images[name] = bytes(data)
         return {"image": name, "size": SIZE}
 
-    @precondition(lambda self: self.some("switched"))
+    @precondition(lambda self: self.to_save(retain=False))
     @rule(data=st.data(), newest=st.booleans())
     def copy(self, data: st.DataObject, newest: bool) -> None:
         """Of any that is not copied; it waits for those before it."""
-        one = data.draw(st.sampled_from(self.some("switched")))
+        one = data.draw(st.sampled_from(self.to_save(retain=False)))
         names = list(self.images)
         parent = (names[-1] if newest else names[0]) if names else None
         self.frozen[one.name] = one.frozen
         one.job = self.rig.group.start_copy("/store", {"vda": parent}, label=one.name, checkpoint=one.name)
         one.stage = "copying"
         self.finish_copies()
+
+    def to_save(self, *, retain: bool) -> list[Round]:
+        return [one for one in self.some("switched") if one.retain is retain]
+
+    @precondition(lambda self: self.to_save(retain=True))
+    @rule(data=st.data())
+    def keep(self, data: st.DataObject) -> None:
+        one = data.draw(st.sampled_from(self.to_save(retain=True)))
+        disks.finish(self.rig.group.start_retain(self.rig.marks(one.name), one.name))
+        one.stage = "kept"
+
+    @precondition(lambda self: self.some("kept") and len(self.retained) < 4)
+    @rule(data=st.data(), heard=st.booleans())
+    def publish(self, data: st.DataObject, heard: bool) -> None:
+        """The manifest is there; the commit is heard, or the driver dies before it."""
+        one = data.draw(st.sampled_from(self.some("kept")))
+        self.retained[one.name] = self.frozen[one.name] = one.frozen
+        disks.finish(self.rig.group.commit(one.name) if heard else self.rig.group.abort(one.name))
+        self.rounds.remove(one)
+        self.finish_copies()
+        self.check_retained()
+
+    def check_retained(self) -> None:
+        """D1: what is retained is the disk of its switch, read from its files."""
+        for name, content in self.retained.items():
+            reader = self.rig.retained(name)
+            assert reader is not None
+            assert reader.read(0, SIZE) == content, name
+            for start, count, zero in reader.extents(0, SIZE):
+                assert not (zero and any(content[start : start + count]))
+            reader.close()
+
+    @precondition(lambda self: self.retained)
+    @rule(data=st.data(), flatten=st.booleans())
+    def give_up(self, data: st.DataObject, flatten: bool) -> None:
+        """The manifest is gone, or names images."""
+        name = data.draw(st.sampled_from(sorted(self.retained)))
+        if flatten:
+            disks.finish(self.rig.group.flatten(name))
+        del self.retained[name]
+        disks.finish(self.rig.group.review())
+        assert self.rig.retained(name) is None
+        self.check_retained()
+
+    @precondition(lambda self: self.retained and not self.rounds)
+    @rule(data=st.data())
+    def rewind(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.retained)))
+        disks.finish(self.rig.group.abort())
+        youngest = self.rig.group.status().disks[0].overlays[0].retained == name
+        assert self.rig.group.retained.rewind(name) is youngest
+        if youngest:
+            self.model = bytearray(self.retained[name])
+            self.changed()
+        self.check_retained()
 
     def finish_copies(self) -> None:
         for one in self.rounds:
@@ -230,7 +293,9 @@ class Machine(RuleBasedStateMachine):
         self.rounds.clear()
         disks.finish(self.rig.group.abort())
         assert self.state is api.State.REST
-        assert not [name for name in self.rig.layer_files() if name.endswith((".data", ".live"))]
+        left = [name for name in self.rig.layer_files() if name.endswith((".data", ".live"))]
+        assert len(left) == len(self.retained)
+        self.check_retained()
 
     # ---- stops ----
 
@@ -238,6 +303,7 @@ class Machine(RuleBasedStateMachine):
     def kill(self) -> None:
         self.rig.kill()
         self.rounds.clear()
+        self.check_retained()
 
     @rule()
     def stop(self) -> None:
@@ -256,6 +322,7 @@ class Machine(RuleBasedStateMachine):
             assert any(found[place] == version[place] for version in self.since_flush), f"sector at {start}"
         self.model = bytearray(found)
         self.changed()
+        self.check_retained()
         if self.rig.group.status().disks[0].source is None:
             assert self.rig.group.status().disks[0].changed_since is None, "D13"
 

@@ -165,7 +165,8 @@ def _retain(vm: paths.VmPaths, layers: Sequence[Sequence[tuple[int, int]]]) -> N
             overlay.flush()
             overlay.bits.remove()
             overlay.close()
-            disk = dataclasses.replace(disk, overlays=(formats.OverlayState(layer_id, retained=True), *disk.overlays))
+            kept = formats.Retained("/nowhere", "bench", layer_id, layer_id)
+            disk = dataclasses.replace(disk, overlays=(formats.OverlayState(layer_id, kept), *disk.overlays))
         file.save({disk.name: disk}, clean=True)
     finally:
         file.close()
