@@ -37,7 +37,7 @@ class FakeGroup:
         self.work: Callable[[job.Job], Mapping[str, Any]] = lambda _: {}
         self.outcome = api.ArmState(True, False, None, 12345)
 
-    def prepare(self, checkpoint: str, lease: float | None = None) -> None:
+    def prepare(self, checkpoint: str, lease: float | None = None, *, retain: bool = False) -> None:
         if any(stage != "switched" for stage in self.rounds.values()):
             raise errors.StateError("a checkpoint is under way")
         assert lease == service.LEASE_SECONDS
