@@ -64,8 +64,10 @@ class Guests:
                     self._found.popitem(last=False)
         return known
 
-    def _look(self, image: content.Image) -> Found:
+    def _look(self, image: content.Content) -> Found:
         """A disk that is the same as one seen before, wherever that was looked at, is not read again."""
+        if not isinstance(image, content.Image):  # a retained one, which has no hashes
+            return _look(content.Reader(image))
         for glance, found in reversed(self._alike):
             if glance.holds_for(image):
                 return found

@@ -282,7 +282,10 @@ class Library:
         """Where the parts of a memory skeleton lie."""
 
         def load() -> skeleton.Index:
-            return skeleton.read_index(content.Glance(self.image(store, memory.skeleton)))
+            image = self.image(store, memory.skeleton)
+            return skeleton.read_index(
+                content.Glance(image) if isinstance(image, content.Image) else content.Reader(image)
+            )
 
         return self._indexes.make((store.info.id.hex(), memory.skeleton), load)
 
