@@ -239,6 +239,7 @@ def test_the_verbs(cli: Cli, web: Path) -> None:  # noqa: F811
     copy = cli.connect("copy")
     assert copy.pread(len(first), 0) == first
     copy.shutdown()
+    until(lambda: all(disk["filled"] is None for disk in cli.status("copy")["disks"]))  # it reads them until then
     assert "add --yes" in cli.run("commit", "web@b", code=3)
     assert cli.json("commit", "web@b", "--yes") == {"committed": ["web@b"], "still_read": []}
     assert "no checkpoint web@b" in cli.run("show", "web@b", code=4)
