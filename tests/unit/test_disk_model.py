@@ -148,10 +148,10 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.rounds) < 4 and not self.newest("prepared"))
     @rule(retain=st.booleans())
     def prepare(self, retain: bool) -> None:
-        status = self.rig.group.status().disks[0]
-        if len(status.overlays) >= rounds.MAX_OVERLAYS:
+        overlays = self.rig.group.status().disks[0].overlays
+        if sum(overlay.retained is None for overlay in overlays) >= rounds.MAX_OVERLAYS:
             return
-        retain = retain and status.source is None
+        retain = retain and self.image is None  # when a disk has been filled is a matter of chance
         self.count += 1
         self.rig.group.prepare(f"c{self.count}", retain=retain)
         self.rounds.append(Round(f"c{self.count}", retain))
