@@ -76,8 +76,9 @@ def test_what_one_guest_has_acknowledged_is_not_missing_in_another(
     for vm in ("p0", "p1"):
         copy = box.restore(f"{vm}@g2", f"{vm}-copy")
         in_memory.append(mail_in_memory(copy))
+        # One is between disk and memory, or has come and is read only after the restore.
         on_disk = mail_on_disk(box.home / "store", vm, "g2")
-        assert 0 <= on_disk.received - in_memory[-1].received <= 1
+        assert abs(on_disk.received - in_memory[-1].received) <= 1
         copy.check()
         box.stop(f"{vm}-copy")
     check_mail(*in_memory)
