@@ -108,7 +108,7 @@ class ImageReader:
         self._leaves: OrderedDict[int, bytes] = OrderedDict()
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
         self._limit = max(cache // layout.CHUNK, 1)
-        self._end, self._announced, self._met = -1, 0, 0
+        self._end, self._announced, self._met = 0 if ahead else -1, 0, 0
         self._ahead = readahead.ReadAhead(self._fetch, self._remember, self.chunks) if ahead else None
 
     @property
