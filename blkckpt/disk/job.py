@@ -128,8 +128,8 @@ class Registry:
 class Pace:
     """How background work leaves the machine to the guest: told of each piece of it.
 
-    While the guest is active the work rests *rests* times as long as it worked, 3 times if nothing else is said: a
-    quarter of a processor and of the disk's time at most, but never less than :data:`FLOOR`, so that it ends whatever
+    While the guest is active the work rests *rests* times as long as it worked, 7 times if nothing else is said: an
+    eighth of a processor and of the disk's time at most, but never less than :data:`FLOOR`, so that it ends whatever
     the guest does.  An idle guest does not slow it.  A *rate* in bytes a second bounds it in any case.
     """
 
@@ -146,7 +146,7 @@ class Pace:
         activity: Callable[[], int] = lambda: 0,
         rate: int | None = None,
         *,
-        rests: float = 3,
+        rests: float = 7,
     ) -> None:
         self.stop = stop
         self._rests = rests

@@ -655,14 +655,14 @@ def test_a_restored_disk_can_be_checkpointed_while_it_is_filled(
 
 
 def test_the_fill_yields_to_the_guest(restored: disks.Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the guest does something the fill rests, three times as long as it worked, but it keeps to its floor."""
+    """While the guest does something the fill rests, so many times as long as it worked, but it keeps to its floor."""
     now, rests = 0.0, []
 
     def rest(seconds: float) -> bool:
         rests.append(seconds)
         return False
 
-    pace = jobs.Pace(threading.Event(), lambda: restored.group.disks["vda"].activity)
+    pace = jobs.Pace(threading.Event(), lambda: restored.group.disks["vda"].activity, rests=3)
     monkeypatch.setattr(time, "monotonic", lambda: now)
     monkeypatch.setattr(pace.stop, "wait", rest)
     pace._began = now
