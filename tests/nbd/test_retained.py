@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -161,24 +160,8 @@ def test_a_driver_that_dies_before_its_manifest_leaves_nothing(stand: server.Sta
 
 def test_writers_race_with_what_is_retained_and_flattened(stand: server.Stand) -> None:
     """D1 beneath the fast path: the quiet half is in every checkpoint what it was; the other half is being written."""
-    half = SIZES["vda"] // 2
-    stopped = threading.Event()
-    model = bytearray(half)
-
-    def hammer() -> None:
-        number = 0
-        with stand.disk() as handle:
-            while not stopped.wait(0.0005):
-                number += 1
-                offset, data = number * 7919 % (half - 5000), server.pattern(1 + number * 131 % 5000, number)
-                handle.pwrite(data, half + offset)
-                model[offset : offset + len(data)] = data
-                assert handle.pread(len(data), half + offset) == data
-
-    thread = threading.Thread(target=hammer)
     with stand.disk() as a, stand.control() as peer:
-        thread.start()
-        try:
+        with server.hammered(stand) as half:
             for number in range(4):
                 data = server.pattern(half, number)
                 a.pwrite(data, 0)
@@ -189,10 +172,6 @@ def test_writers_race_with_what_is_retained_and_flattened(stand: server.Stand) -
                     before = content(stand, one)
                     assert flat(stand, one)
                     assert content(stand, one) == before
-        finally:
-            stopped.set()
-            thread.join(60)
-        assert a.pread(half, half) == model[: SIZES["vda"] - half]
         for disk in peer.status()["disks"]:
             assert [one["retained"] for one in disk["overlays"]] == ["c2", "c0"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,40 +132,19 @@ def test_there_is_a_limit(stand: server.Stand) -> None:
 
 def test_writers_race_with_a_stack_that_comes_and_goes(stand: server.Stand) -> None:
     """D1: the quiet half of the disk is in every image what it was at the switch; the other half is being written."""
-    half = SIZES["vda"] // 2
-    stopped = threading.Event()
-    model = bytearray(half)
-
-    def hammer() -> None:
-        number = 0
-        with stand.disk() as handle:
-            while not stopped.wait(0.0005):
-                number += 1
-                offset, data = number * 7919 % (half - 5000), server.pattern(1 + number * 131 % 5000, number)
-                handle.pwrite(data, half + offset)
-                model[offset : offset + len(data)] = data
-                assert handle.pread(len(data), half + offset) == data
-
-    thread = threading.Thread(target=hammer)
-    with stand.disk() as a, contextlib.ExitStack() as stack:
-        thread.start()
-        try:
-            peers = drivers(stand, 3, stack)
-            waiting: list[tuple[client.Client, str, bytes]] = []
-            for number in range(9):
-                peer = peers[number % 3]
-                if len(waiting) == 3:
-                    end(stand, *waiting.pop(0))
-                data = server.pattern(half, number)
-                a.pwrite(data, 0)
-                with begun(stand, peer, f"c{number}") as job:
-                    waiting.append((peer, job, data))
-            for one in waiting:
-                end(stand, *one)
-        finally:
-            stopped.set()
-            thread.join(60)
-        assert a.pread(half, half) == model[: SIZES["vda"] - half]
+    with stand.disk() as a, contextlib.ExitStack() as stack, server.hammered(stand) as half:
+        peers = drivers(stand, 3, stack)
+        waiting: list[tuple[client.Client, str, bytes]] = []
+        for number in range(9):
+            peer = peers[number % 3]
+            if len(waiting) == 3:
+                end(stand, *waiting.pop(0))
+            data = server.pattern(half, number)
+            a.pwrite(data, 0)
+            with begun(stand, peer, f"c{number}") as job:
+                waiting.append((peer, job, data))
+        for one in waiting:
+            end(stand, *one)
     stand.wait_for_rest()
     assert stand.residue() == []
 

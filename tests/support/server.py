@@ -11,8 +11,10 @@ import os
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent import futures
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -200,6 +202,37 @@ def fast_path(on: bool) -> Iterator[None]:
         del os.environ[fastfilter.VARIABLE]
         if before is not None:
             os.environ[fastfilter.VARIABLE] = before
+
+
+@contextlib.contextmanager
+def hammered(stand: Stand, disk: str = "vda") -> Iterator[int]:
+    """Write all over the upper half of *disk* meanwhile, each write read back; in the end it holds all of them.
+
+    Gives the length of the lower half, which is left alone.
+    """
+    half = stand.sizes[disk] // 2
+    stopped = threading.Event()
+    model = bytearray(half)
+
+    def hammer() -> None:
+        number = 0
+        with stand.disk(disk) as handle:
+            while not stopped.wait(0.0005):
+                number += 1
+                offset, data = number * 7919 % (half - 5000), pattern(1 + number * 131 % 5000, number)
+                handle.pwrite(data, half + offset)
+                model[offset : offset + len(data)] = data
+                assert handle.pread(len(data), half + offset) == data
+
+    with futures.ThreadPoolExecutor(1) as pool:
+        work = pool.submit(hammer)
+        try:
+            yield half
+        finally:
+            stopped.set()
+        work.result(SECONDS)
+    with stand.disk(disk) as handle:
+        assert handle.pread(half, half) == model[: stand.sizes[disk] - half]
 
 
 def hang_up(handle: Any) -> None:
