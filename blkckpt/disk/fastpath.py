@@ -258,6 +258,7 @@ class Disk:
         """The writes noted, and maybe some elsewhere.  Only while what is watched is excluded, and settled."""
         out = (ctypes.c_uint64 * (2 * NOTES))()
         count = self._library.c.fp_noted(self.pointer, out, NOTES)
+        assert count <= NOTES, "the library notes more than it can tell"
         return list(zip(out[0 : 2 * count : 2], out[1 : 2 * count : 2], strict=True))
 
     def unwatch(self, watched: Any) -> None:

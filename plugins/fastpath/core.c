@@ -3,8 +3,8 @@
  * What it serves.  Reads whose blocks all lie in plain files, across any number of layers.  Writes, zeroes and trims
  * that need no copy-up, whose map pages are backed and reserved, while no exclusive ticket (a copy-up, a window of
  * the commit or the fill) holds one of their blocks and the disk is not armed.  That includes first writes: bits are
- * set with atomic operations.  A write to blocks that the commit watches is noted and served.  Everything else, every error among it, is FP_PASS: the same request then goes to the
- * plugin, which does it (again) from the start.
+ * set with atomic operations.  A write to blocks that the commit watches is noted and served.  Everything else, every
+ * error among it, is FP_PASS: the same request then goes to the plugin, which does it (again) from the start.
  *
  * What it knows.  A *view*, an immutable description of the disk's layers (blkckpt.disk.chain.View is the same
  * thing), published by the plugin.  Resolving and choosing where a write goes are the rules of chain.py, no others;
@@ -309,8 +309,7 @@ uint32_t fp_noted(fp_disk *disk, uint64_t *runs, uint32_t most)
 {
     uint32_t count = atomic_load(&disk->noted);
     count = count < NOTES ? count : NOTES;
-    count = count < most ? count : most;
-    for (uint32_t i = 0; i < count; i++) {
+    for (uint32_t i = 0; i < count && i < most; i++) {
         runs[2 * i] = disk->notes[i].first;
         runs[2 * i + 1] = disk->notes[i].end;
     }

@@ -33,7 +33,7 @@ void fp_publish(fp_disk *, fp_view *);   /* NULL: every request passes */
 void fp_exclude(fp_disk *, const uint64_t *runs, uint32_t count);
 void fp_include(fp_disk *, const uint64_t *runs, uint32_t count);
 void fp_watch(fp_disk *, const uint64_t *runs, uint32_t count); /* note who writes there; settle before relying on it */
-uint32_t fp_noted(fp_disk *, uint64_t *runs, uint32_t most);    /* what was noted; while all of it is excluded, settled */
+uint32_t fp_noted(fp_disk *, uint64_t *runs, uint32_t most);    /* how many; while all of it is excluded, settled */
 void fp_unwatch(fp_disk *, const uint64_t *runs, uint32_t count);
 void fp_counters(const fp_disk *, uint64_t out[4]); /* reads, writes, bytes read, bytes written */
 
