@@ -75,6 +75,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({
         "disk.member", "exchange.exports", "exchange.packing", "exchange.unpacking", "view.library", "view.nodes",
     }),
+    frozenset({"disk.states"}),
     frozenset({"disk.background", "exchange.server", "disk.rounds", "view.guest", "view.mounts"}),
     frozenset({"disk.copying", "disk.leaving", "disk.retaining"}),
     frozenset({"disk.group", "agent.runner", "view.tree", "exchange.outward"}),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NEW, KEEP = "new", "keep"
 RECORDED, ISOLATED = "recorded", "isolated"
 MAX_FORKS = 256
-"""As :mod:`blkckpt.restore.fork` says."""
+"""More is a slip of the finger: each takes a disk server and a QEMU."""
 
 
 @click.command(

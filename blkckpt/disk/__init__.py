@@ -36,7 +36,7 @@ then, bottom up, per layer: sync the data, write the pages, sync the map.
 
 Modules, lowest first: ``blocks`` ``blockmap`` ``format`` ``fastpath`` (pure) · ``fileio`` ``claim`` ``epoch`` ``job``
 · ``maps`` ``layer`` · ``chain`` · ``commit`` ``fill`` ``copier`` ``port`` ``stack`` · ``disk`` ``statefile`` ·
-``member`` · ``rounds`` ``background`` · ``copying`` ``leaving`` ``retaining`` · ``group``.
+``member`` · ``states`` · ``rounds`` ``background`` · ``copying`` ``leaving`` ``retaining`` · ``group``.
 ``api`` and ``barrier`` are what others speak.
 
 Rules

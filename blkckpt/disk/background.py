@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from blkckpt import errors
 from blkckpt.disk import format as formats
-from blkckpt.disk import job, layer, member, statefile
+from blkckpt.disk import job, layer, member, statefile, states
 
 T = TypeVar("T")
 
@@ -43,21 +43,17 @@ def patiently(work: Callable[[], T], doing: str, warn: Callable[[str | None], No
 class Emptier:
     """Commits free overlays: those without a claim to stay.  *held* says which overlays checkpoints need.
 
-    Used from any number of threads, which take turns.  *states* is held from reading a disk's state to its replacement.
+    Used from any number of threads, which take turns.
     """
 
     def __init__(
         self,
-        members: Mapping[str, member.Member],
-        file: statefile.StateFile,
-        states: threading.RLock,
+        states: states.States,
         gate_lock: threading.Lock,
         held: Callable[[], frozenset[str]],
         warn: Callable[[str | None], None],
         stop: threading.Event,
     ) -> None:
-        self._members = members
-        self._file = file
         self._states = states
         self._gate_lock = gate_lock
         self._held = held
@@ -74,7 +70,7 @@ class Emptier:
     def _free_locked(self) -> tuple[member.Member, layer.Overlay] | None:
         """A disk and its lowest free overlay, if there is one."""
         held = self._held()
-        for item in self._members.values():
+        for item in self._states.members.values():
             if (overlay := item.to_commit(held)) is not None:
                 return item, overlay
         return None
@@ -99,10 +95,9 @@ class Emptier:
 
         def commit() -> None:
             item.empty(overlay, pace, progress)
-            with self._states:
+            with self._states.lock:
                 state = item.without(overlay)
-                self._file.save({state.name: state})
-                item.state = state
+                self._states.replace({state.name: state})
 
         patiently(commit, f"committing disk {item.disk.name}", self._warn, self._stop)
         item.forget(overlay, self._stop)

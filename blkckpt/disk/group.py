@@ -12,10 +12,10 @@ leaves the content of every view the same (D1): a frozen chain that has the laye
 that of the overlay's own checkpoint, which is over.
 
 *Locks.*  ``_control`` serialises what a driver asks; it may be held for a sync.  The emptier has one of its own, held
-while overlays are committed.  ``_states`` makes one step of working a disk's state out, saving it, and taking it over.
-``_gate_lock`` guards the rounds and the barrier, and is the lock of every disk's gate: the switch takes only this one,
-so it waits for nobody, and a request that finds the barrier passed switches all disks by itself.  Order: control or
-the emptier's, states, gate.
+while overlays are committed.  ``_states.lock`` makes one step of working a disk's state out, saving it, and taking it
+over.  ``_gate_lock`` guards the rounds and the barrier, and is the lock of every disk's gate: the switch takes only
+this one, so it waits for nobody, and a request that finds the barrier passed switches all disks by itself.  Order:
+control or the emptier's, states, gate.
 
 *State file.*  It names the layers that exist, and nothing else is needed: the switch writes nothing, because an empty
 overlay is harmless and a filled one is found by its map.  A server that finds overlays at its start has no driver, so
@@ -36,6 +36,7 @@ from blkckpt.disk import api, background, copier, copying, disk, leaving, member
 from blkckpt.disk import barrier as barriers
 from blkckpt.disk import format as formats
 from blkckpt.disk import job as jobs
+from blkckpt.disk import states as saved
 
 _log = log.get(__name__)
 State = api.State
@@ -55,9 +56,9 @@ class DiskGroup:
         self._vm = vm
         self._file = file
         self._control = threading.RLock()
-        self._states = threading.RLock()
+        self._states = saved.States(file)
         self._gate_lock = threading.Lock()
-        self._members: dict[str, member.Member] = {}
+        self._members = self._states.members
         self._under_way = rounds.UnderWay(self._gate_lock)
         self.checkpoints = self._under_way.names
         self._armed: rounds.Round | None = None
@@ -66,12 +67,10 @@ class DiskGroup:
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._filler = background.Filler(file, self._warn)
-        self._leaver = leaving.Leaver(self._members, file, self._states, self._under_way, self._warn, self._stop)
+        self._leaver = leaving.Leaver(self._states, self._under_way, self._warn, self._stop)
         held = self._under_way.held_locked
-        self._emptier = background.Emptier(
-            self._members, file, self._states, self._gate_lock, held, self._warn, self._stop
-        )
-        self.retained = retaining.Retainer(self._members, file, self._states, self._gate_lock, held, wanted)
+        self._emptier = background.Emptier(self._states, self._gate_lock, held, self._warn, self._stop)
+        self.retained = retaining.Retainer(self._states, self._gate_lock, held, wanted)
         self._started = False
         self._closed = False
         self.disks: Mapping[str, disk.Disk] = {}
@@ -159,7 +158,7 @@ class DiskGroup:
                 self._filler.stop()
                 for item in self._members.values():
                     item.settle()
-                with self._states:
+                with self._states.lock:
                     made = rounds.make_overlays(self._members, self._file, one)
                     with self._gate_lock:
                         rounds.put_overlays_locked(self._members, one, made)
@@ -311,13 +310,11 @@ class DiskGroup:
                 one.stage, one.lease = Stage.OVER, None
                 return self._leave("commit", lambda running: self._leaver.give_up([one], [one]))
             images = one.images
-            with self._states:
-                changes = {
-                    name: item.keep_changes(one.parts[name], images[name]) for name, item in self._members.items()
-                }
-                self._file.save(changes)
-                for name, state in changes.items():
-                    self._members[name].state = state
+            with self._states.lock:
+                parts = one.parts
+                self._states.replace(
+                    {name: item.keep_changes(parts[name], images[name]) for name, item in self._members.items()}
+                )
             self._under_way.remember(one)
             self._under_way.remove(one)
             return self._leave("commit", lambda running: self._leaver.let_go(one))

@@ -7,26 +7,22 @@ have another, :mod:`blkckpt.disk.retaining`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from blkckpt import errors
-from blkckpt.disk import background, member, rounds, statefile
+from blkckpt.disk import background, rounds, states
 
 
 class Leaver:
-    """Ends checkpoints.  *states* is held from reading the disks' states to their replacement."""
+    """Ends checkpoints."""
 
     def __init__(
         self,
-        members: Mapping[str, member.Member],
-        file: statefile.StateFile,
-        states: threading.RLock,
+        states: states.States,
         under_way: rounds.UnderWay,
         warn: Callable[[str | None], None],
         stop: threading.Event,
     ) -> None:
-        self._members = members
-        self._file = file
         self._states = states
         self._under_way = under_way
         self._warn = warn
@@ -47,17 +43,17 @@ class Leaver:
 
     def _hand_on_patiently(self, one: rounds.Round) -> None:
         def hand_on() -> None:
-            with self._states:
-                changes = {name: item.hand_on_changes(one.parts[name]) for name, item in self._members.items()}
-                self._file.save(changes)
-                for name, state in changes.items():
-                    self._members[name].state = state
+            with self._states.lock:
+                parts = one.parts
+                self._states.replace(
+                    {name: item.hand_on_changes(parts[name]) for name, item in self._states.members.items()}
+                )
                 self.let_go(one)
 
         background.patiently(hand_on, f"ending checkpoint {one.checkpoint}", self._warn, self._stop)
 
     def let_go(self, one: rounds.Round) -> None:
         """The saved state does not know the changes of *one* any more."""
-        with self._states:
-            for name, item in self._members.items():
+        with self._states.lock:
+            for name, item in self._states.members.items():
                 item.let_go(one.parts[name])

@@ -258,13 +258,12 @@ class Member:
 
     # ---- retained checkpoints (:mod:`blkckpt.disk.retaining`) ----
 
-    def keep_below(self, part: Part, kept: formats.Retained) -> formats.DiskState:
-        """Make all that is below *part*'s overlay durable; returns the state in which that is *kept*."""
+    def flush_below(self, part: Part) -> None:
+        """Make all that is below *part*'s overlay durable."""
         assert part.ended is not None
         self.gate.wait_drained(part.ended, time.monotonic() + DRAIN_SECONDS)
         with self.gate.admitted() as admitted:
             chain.flush(admitted.view, admitted.view.layers.index(part.overlay) + 1)
-        return self.marked(part.overlay.id, kept)
 
     def marked(self, overlay_id: str, kept: formats.Retained | None) -> formats.DiskState:
         """The state in which what is below that overlay is *kept*, or is not."""

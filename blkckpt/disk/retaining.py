@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from blkckpt import errors, log
-from blkckpt.disk import claim, copier, job, member, rounds, statefile
+from blkckpt.disk import claim, copier, job, member, rounds, states
 from blkckpt.disk import format as formats
 
 MAX_RETAINED = 8
@@ -53,21 +53,18 @@ _log = log.get(__name__)
 class Retainer:
     """Marks overlays, copies what they keep, lets go.  *wanted* says what is still a retained checkpoint.
 
-    *held* says which overlays checkpoints under way need; *states* and *gate_lock* are the group's.
+    *held* says which overlays checkpoints under way need; *gate_lock* is the group's.
     """
 
     def __init__(
         self,
-        members: Mapping[str, member.Member],
-        file: statefile.StateFile,
-        states: threading.RLock,
+        states: states.States,
         gate_lock: threading.Lock,
         held: Callable[[], frozenset[str]],
         wanted: Wanted,
     ) -> None:
-        self._members = members
-        self._file = file
         self._states = states
+        self._members = states.members
         self._gate_lock = gate_lock
         self._held = held
         self._wanted = wanted
@@ -94,22 +91,19 @@ class Retainer:
     def keep(self, one: rounds.Round, marks: Mapping[str, formats.Retained]) -> Mapping[str, Any]:
         """Make the chain below each overlay of *one* durable, then mark them; as if copied, but for the time."""
         for name, item in self._members.items():
-            item.keep_below(one.parts[name], marks[name])
+            item.flush_below(one.parts[name])
             item.check_sound()
-        with self._states:
-            self._take({name: item.marked(one.parts[name].overlay.id, marks[name]) for name, item in self._each()})
+        with self._states.lock:
+            self._mark({
+                name: item.marked(one.parts[name].overlay.id, marks[name]) for name, item in self._members.items()
+            })  # fmt: skip
         one.store, one.images = next(iter(marks.values())).store, {name: mark.image for name, mark in marks.items()}
-        sizes = {name: item.state.size for name, item in self._each()}
+        sizes = {name: item.state.size for name, item in self._members.items()}
         return {"disks": {name: {"image": mark.image, "size": sizes[name]} for name, mark in marks.items()}}
 
-    def _each(self) -> list[tuple[str, member.Member]]:
-        return list(self._members.items())
-
-    def _take(self, changes: Mapping[str, formats.DiskState]) -> None:
-        """Save *changes* in one step, and have the views follow."""
-        self._file.save(changes)
-        for name, state in changes.items():
-            self._members[name].state = state
+    def _mark(self, changes: Mapping[str, formats.DiskState]) -> None:
+        """The states *changes* have other marks: save them, and have the views follow."""
+        self._states.replace(changes)
         with self._gate_lock:
             for name in changes:
                 self._members[name].follow_marks_locked()
@@ -140,7 +134,7 @@ class Retainer:
                 claims.callback(os.close, claim.shared(self._members[name].place.data(overlay.id)))
                 mark = overlay.retained
                 options[name] = copier.CopyOptions(command, mark.store, rate, f"{label}/{name}", mark.image)
-            sizes = {name: item.state.size for name, item in self._each()}
+            sizes = {name: item.state.size for name, item in self._members.items()}
             results = copier.run_all(
                 sizes, lambda name: self._members[name].freeze_below(kept[name].id), options, running
             )
@@ -190,8 +184,8 @@ class Retainer:
             if not free:
                 return False
             if self._may_go(overlay):  # whoever put its manifest has been faster
-                with self._states:
-                    self._take({item.state.name: item.marked(overlay.id, None)})
+                with self._states.lock:
+                    self._mark({item.state.name: item.marked(overlay.id, None)})
             return True
 
     # ---- go back ----
@@ -203,21 +197,21 @@ class Retainer:
         and nobody reads it.  No request may come meanwhile.
         """
         kept = self.of(checkpoint)
-        with self._states, contextlib.ExitStack() as claims:
+        with self._states.lock, contextlib.ExitStack() as claims:
             for name, item in self._members.items():
                 overlay = kept[name]
                 if item.state.overlays[0] != overlay:
                     return False
                 if not claims.enter_context(claim.exclusive(item.place.data(overlay.id))):
                     return False
-            made = {name: item.make_rewound(_mark(kept[name])) for name, item in self._members.items()}
-            self._file.sync_layers()
-            self._file.save({name: state for name, (_, state) in made.items()})
+            made = {name: item.make_rewound(_mark_of(kept[name])) for name, item in self._members.items()}
+            self._states.file.sync_layers()
+            self._states.file.save({name: state for name, (_, state) in made.items()})
             for name, (overlay_made, state) in made.items():
                 self._members[name].rewind(overlay_made, state)
         return True
 
 
-def _mark(overlay: formats.OverlayState) -> formats.Retained:
+def _mark_of(overlay: formats.OverlayState) -> formats.Retained:
     assert overlay.retained is not None
     return overlay.retained

@@ -109,11 +109,8 @@ def _watch(vm: paths.VmPaths, apart: alone.Alone, seconds: float) -> tuple[str, 
             spent = time.monotonic() - began
             status = session.execute("query-status")["status"]
             if status != "running":
-                return (
-                    "",
-                    f"the guest is not running but {status}, {spent:.1f} s after it was resumed",
-                    _screen(vm, session),
-                )
+                reason = f"the guest is not running but {status}, {spent:.1f} s after it was resumed"
+                return "", reason, _screen(vm, session)
             sign = _strong(vm, apart, before)
             if not sign and spent > SETTLE_SECONDS and _registers(session) != registers:
                 sign = PROCESSORS

@@ -35,8 +35,6 @@ from blkckpt.store import manifest
 from blkckpt.store import store as stores
 from blkckpt.vm import commandline, network
 
-MAX_FORKS = 256
-
 Progress = Callable[[str, int, int | None], None]
 
 _log = log.get(__name__)
