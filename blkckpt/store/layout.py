@@ -172,6 +172,11 @@ class Table:
         """The directory as an array of ``ENTRY_TYPE``."""
         return np.frombuffer(self.directory, ENTRY_TYPE)
 
+    @property
+    def packs(self) -> set[int]:
+        """The packs that hold the leaves."""
+        return {pack for _, pack, _, _, raw in ENTRY.iter_unpack(self.directory) if raw}
+
     def leaf(self, number: int) -> Entry:
         """Where leaf *number* is."""
         return unpack_entry(self.directory, number)

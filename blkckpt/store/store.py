@@ -442,7 +442,7 @@ class Store:
             )
         if table is None:
             return
-        for pack in {int(pack) for pack in table.leaves["pack"]} - {0}:
+        for pack in table.packs:
             if not self.packs.exists(pack):
                 raise errors.CorruptError(f"image {image_id} needs pack {pack:016x}, which is not in the store")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from blkckpt.store import store
 from tests.support import guest
 
 HEAVY = frozenset({"numpy", "sqlite3", "asyncio", "rich", "ssl", "qemu", "tempfile", "multiprocessing", "unittest"})
@@ -46,6 +47,20 @@ def test_commands(words: list[str], tmp_path: Path) -> None:
     code = f"from blkckpt.cli import main; main.command({words!r}, prog_name='blkckpt')"
     found = loaded(code, home=tmp_path)
     assert {"blkckpt", "click"} <= found
+    assert not found & HEAVY
+
+
+def test_a_checkpoint_is_published(tmp_path: Path) -> None:
+    """By the agent, which leaves the chunks to its children."""
+    with store.Store.init(tmp_path / "store") as place:
+        with place.image_writer(1 << 20, kind="disk") as writer:
+            writer.write(0, os.urandom(1 << 20))
+            image = writer.finish().image
+        code = f"from blkckpt.store import manifest as m, store as s; p = s.Store.open({str(tmp_path / 'store')!r}); "
+        code += f"p.put_manifest(m.Manifest('v', 'c', '0' * 32, 1, (m.DiskImage('vda', {image!r}, 1 << 20),)))"
+        found = loaded(code, home=tmp_path)
+        assert place.names() == [("v", "c")]
+    assert "blkckpt" in found
     assert not found & HEAVY
 
 
