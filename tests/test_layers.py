@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "blkckpt"
 
 RANKS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "lazy"}),
+    frozenset({"errors", "lazy", "childenv"}),
     frozenset({"units", "log", "durable", "exchange.qemuimg"}),
     frozenset({
         "paths", "disk.barrier", "disk.api", "disk.blocks", "memory.records", "vm.qemuopts", "agent.drain",
@@ -55,7 +55,7 @@ RANKS: tuple[frozenset[str], ...] = (
     }),
     frozenset({"view.starting"}),
     frozenset({
-        "store.compare", "store.frozen", "store.marks", "store.writer", "memory.apart", "exchange.pump",
+        "store.compare", "store.frozen", "store.marks", "store.writer", "memory.apart", "exchange.pump", "agent.early",
     }),
     frozenset({"disk.chain", "store.repack"}),
     frozenset({"store.collect", "disk.stack"}),

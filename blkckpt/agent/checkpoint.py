@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from blkckpt import errors, paths
-from blkckpt.agent import consistency, guard, history, machine, options, plan, receiver, turn
+from blkckpt.agent import consistency, early, guard, history, machine, options, plan, receiver, turn
 from blkckpt.control import client, messages
 from blkckpt.disk import barrier
 from blkckpt.store import evidence, keeping, manifest
@@ -73,22 +73,24 @@ class Checkpoint:
         held: turn.Turn,
         progress: Progress,
         meeting: consistency.Meeting | None = None,
-        started: receiver.Receiver | None = None,
+        started: early.Children | None = None,
     ) -> None:
-        """*started* is a memory receiver that waits for its job."""
-        self._meeting = meeting
-        self._started = started
+        """*started* are children that wait for something to do."""
+        self._meeting, self._started = meeting, started
         self.vm, self._store, self._options, self.name = vm, store, options, name
         self._control, self._guest, self._turn, self._progress = control, guest, held, progress
         self._timings: dict[str, float] = {}
         self._begun: dict[str, float] = {}
         self._notes = list(options.notes)
         self._id = uuid.uuid4().hex
-        self._info = guest.info() if guest else None
+        self._info: manifest.MachineInfo | None = None
+        ram = guest.ram_size if guest else 0
+        self._arm_seconds = min(messages.MAX_DEADLINE, ARM_SECONDS + ARM_SECONDS_PER_GIB * (ram >> 30))
         self._history = history.History(vm, store)
         self._created_ns = 0
         self._prepared = False
         self._guard: guard.Guard | None = None
+        self._released: guard.Guard | None = None
         self._agent: guestagent.GuestAgent | None = None
         self._stream: int | None = None
         self._receiver: receiver.Receiver | None = None
@@ -158,12 +160,13 @@ class Checkpoint:
                 self._guard = guard.Guard(guard.GUEST_AGENT, str(self._options.guest_agent))
                 self._agent = guestagent.GuestAgent(self._options.guest_agent)
             else:
-                self._guard = guard.Guard(guard.QMP, self.guest.session.path, self._stream)
+                begun = self._started
+                self._guard = begun.guard if begun else guard.Guard(guard.QMP, self.guest.session.path, self._stream)
 
     def _await_guard(self) -> None:
         assert self._guard is not None
         with self._timed("prepare"):
-            self._guard.await_ready()
+            self._guard.take_charge()
 
     def _start_receiver(self, *, background: bool) -> None:
         job = receiver.Job(
@@ -175,7 +178,7 @@ class Checkpoint:
             once=background,
         )
         with self._timed("prepare"):
-            taking = self._started or receiver.Receiver()
+            taking = self._started.receiver if self._started else receiver.Receiver()
             self._stream = taking.stream  # we keep it: a receiver that fails must not break QEMU's stream
             try:
                 taking.begin(job)
@@ -198,11 +201,6 @@ class Checkpoint:
                 self._control.arm(descriptor, self._arm_seconds)
             finally:
                 os.close(descriptor)
-
-    @property
-    def _arm_seconds(self) -> float:
-        ram = self._info.ram_size if self._info else 0
-        return min(messages.MAX_DEADLINE, ARM_SECONDS + ARM_SECONDS_PER_GIB * (ram >> 30))
 
     # --- the instant ---
 
@@ -305,7 +303,7 @@ class Checkpoint:
     def _release_guard(self) -> None:
         if self._guard is not None and not self._needs_guard:
             self._guard.release()
-            self._guard = None
+            self._guard, self._released = None, self._guard
 
     @property
     def _needs_guard(self) -> bool:
@@ -322,8 +320,10 @@ class Checkpoint:
             self._copy = self._control.retain(place, self._id, images)
         else:
             self._copy = self._control.copy(place, self._parents, self._options.rate)
-        if self._options.screenshot and self._guest is not None:
-            self._take_screen(self._guest)
+        if self._guest is not None:
+            self._info = self._guest.info()
+            if self._options.screenshot:
+                self._take_screen(self._guest)
 
     def _take_screen(self, guest: machine.Machine) -> None:
         """After the switch and QEMU's resume: the stop is none the longer.  It is a checkpoint without one, too."""
@@ -494,5 +494,7 @@ class Checkpoint:
             self._agent.close()
         if self._guard is not None:
             self._guard.abandon()
+        if self._released is not None:
+            self._released.reap()
         if self._stream is not None and not (self._guest and self._guest.migrating):
             os.close(self._stream)  # else a thread of ours still reads it

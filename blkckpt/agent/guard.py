@@ -4,9 +4,12 @@
 ``ready`` and waits on its standard input:
 
 ==============  =====================================================================================
+``charge``      the first line: from here on the guest is ours to touch.  Without it the guard just ends
 ``released``    the guest is well: the guard ends
 end of file     the agent is gone.  The guest is continued (or thawed), then the guard ends
 ==============  =====================================================================================
+
+So it can be started before anything is known of the guest, which may be paused because its user wants it so.
 
 QEMU's monitor and the guest agent talk to one client at a time, so the guard connects only after the agent's death
 has closed the agent's connection.  A guest is continued only when it is paused, as it was when *we* stopped it; a
@@ -44,7 +47,7 @@ class Guard:
     """The agent's end."""
 
     def __init__(self, kind: str, path: str, stream: int | None = None) -> None:
-        """Start the process; it gets a duplicate of *stream*.  It stands when :meth:`await_ready` has returned."""
+        """Start the process; it gets a duplicate of *stream*.  It stands when :meth:`take_charge` has returned."""
         given = [] if stream is None else [stream]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "blkckpt.agent.guard", kind, path, *map(str, given)],
@@ -54,26 +57,43 @@ class Guard:
             start_new_session=True,  # a Ctrl-C on the terminal is for the agent, not for its guard
         )
 
-    def await_ready(self) -> None:
-        """Wait until it stands."""
+    def take_charge(self) -> None:
+        """Wait until it stands; from here on the guest is in its charge."""
         assert self._process.stdout is not None
         if self._process.stdout.readline() != b"ready\n":
             self._process.wait(READY_TIMEOUT)
             raise errors.BlkckptError("the process that would continue the guest should we die did not start")
+        self._order(b"charge\n")
 
     def release(self) -> None:
-        """The guest is well; idempotent."""
+        """The guest is well: the guard ends, and :meth:`reap` waits for that; idempotent."""
         with contextlib.suppress(OSError, ValueError):
-            self._process.communicate(b"released\n", timeout=READY_TIMEOUT)
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
+            self._order(b"released\n")
+        self.abandon()
 
     def abandon(self) -> None:
-        """Leave the guest to the guard, which goes to work now; close the connection it needs."""
+        """Leave the guest to the guard, which goes to work now; close the connection it needs.
+
+        A guard that was never given the charge of it just ends.  Nothing happens if it has been released.
+        """
         with contextlib.suppress(OSError, ValueError):
             assert self._process.stdin is not None
             self._process.stdin.close()
+
+    def reap(self) -> None:
+        """Wait for the end of a guard that has been released."""
+        try:
+            self._process.wait(READY_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def _order(self, line: bytes) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line)
+        self._process.stdin.flush()
 
 
 def main(arguments: Sequence[str], orders: IO[bytes], answers: IO[bytes]) -> int:
@@ -83,7 +103,7 @@ def main(arguments: Sequence[str], orders: IO[bytes], answers: IO[bytes]) -> int
     kind, path, *rest = arguments
     with contextlib.suppress(BrokenPipeError):  # the agent is dead already: its guest is ours at once
         answers.write(b"ready\n")
-    if orders.readline() == b"released\n":
+    if orders.readline() != b"charge\n" or orders.readline() == b"released\n":
         return 0
     rescue: Callable[[str, str, int | None], bool] = importlib.import_module("blkckpt.agent.rescue").rescue
     return 0 if rescue(kind, path, int(rest[0]) if rest else None) else 1

@@ -7,6 +7,7 @@ what was not changed, ending what does not run, continuing what is not stopped a
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import time
@@ -114,17 +115,21 @@ class Machine:
         self._set_capabilities({BACKGROUND: False})
         return None
 
+    @functools.cached_property
+    def ram_size(self) -> int:
+        """Bytes of the guest's memory, without what was plugged in later."""
+        return int(self.session.execute("query-memory-size-summary")["base-memory"])
+
     def info(self) -> manifest.MachineInfo:
         """How the guest was started, for its manifest."""
         kvm = self.session.execute("query-kvm").get("enabled")
         kind = str(self.session.execute("qom-get", {"path": "/machine", "property": "type"}))
-        ram = self.session.execute("query-memory-size-summary")["base-memory"]
         return manifest.MachineInfo(
             argv=command_line(self.session.peer_pid),
             machine_type=kind.removesuffix("-machine"),
             accel="kvm" if kvm else "tcg",
             qemu_version=self.session.version,
-            ram_size=int(ram),
+            ram_size=self.ram_size,
         )
 
     # --- settings ---

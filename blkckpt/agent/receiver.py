@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blkckpt import errors
+from blkckpt import childenv, errors
 from blkckpt.control import wire
 from blkckpt.store import manifest
 
@@ -100,6 +100,7 @@ class Receiver:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=[self.stream],
+                env=childenv.computing(),
                 start_new_session=True,
             )
         except BaseException:

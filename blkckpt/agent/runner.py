@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from blkckpt import errors, log, paths, units
-from blkckpt.agent import checkpoint, consistency, machine, plan, receiver, rundir, turn
+from blkckpt.agent import checkpoint, consistency, early, machine, plan, rundir, turn
 from blkckpt.agent import options as asked
 from blkckpt.control import client
 from blkckpt.store import manifest
@@ -41,12 +41,12 @@ def take(
     options: checkpoint.CheckpointOptions,
     progress: checkpoint.Progress = _ignore,
     meeting: consistency.Meeting | None = None,
-    started: receiver.Receiver | None = None,
+    started: early.Children | None = None,
 ) -> manifest.Manifest:
     """Take a checkpoint of the running *vm* into *store*; returns its manifest.
 
-    With a *meeting* it is one of a group's, and waits for the others where they meet.  *started* is a memory receiver
-    that was started early; the caller discards it if it was not needed.
+    With a *meeting* it is one of a group's, and waits for the others where they meet.  *started* are its
+    children if they were started early; the caller discards those that were not needed.
     Another checkpoint of the VM may be in its later stages meanwhile (:mod:`turn`).  Raises what failed, after
     everything has been taken back (A3); ``KeyboardInterrupt`` likewise.
     """

@@ -1,7 +1,7 @@
 """``blkckpt checkpoint``: take a checkpoint of a running VM.
 
-The agent, and with it numpy, asyncio and QMP, is imported when the memory receiver has been started, which has as much
-to import: 0.2 s each.
+The agent, and with it asyncio and QMP, is imported when its children have been started, which have as much to import:
+0.2 s each.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from blkckpt import errors, paths, units
+from blkckpt.agent import early, rundir
 from blkckpt.agent import options as agent
-from blkckpt.agent import receiver, rundir
 from blkckpt.cli import describe, names, output, session, verb
 from blkckpt.store import evidence, labels, manifest
 
@@ -126,7 +126,8 @@ def command(
     for vm, _ in members:
         _check_running(vm, options)
     with contextlib.ExitStack() as stack:
-        started = stack.enter_context(_early_receiver(len(members) == 1 and not disk_only))
+        alone = members[0][0] if len(members) == 1 and not disk_only else None
+        started = stack.enter_context(_early_children(alone, options))
         runner = _runner()
         places = [stack.enter_context(ours.store_for_writing(vm.name)) for vm, _ in members]
         before = [stored(place) for place in places]
@@ -144,12 +145,12 @@ def command(
 
 
 @contextlib.contextmanager
-def _early_receiver(wanted: bool) -> Iterator[receiver.Receiver | None]:
-    """A memory receiver that starts while we import; ended with the block if it got nothing to do."""
-    if not wanted:
+def _early_children(vm: paths.VmPaths | None, options: agent.CheckpointOptions) -> Iterator[early.Children | None]:
+    """The children of a checkpoint of *vm*, which start while we import; ended with the block if they do nothing."""
+    if vm is None:
         yield None
         return
-    started = receiver.Receiver()
+    started = early.Children(str(options.qmp or vm.qmp_socket))
     try:
         yield started
     finally:

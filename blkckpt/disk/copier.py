@@ -29,7 +29,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
-from blkckpt import errors
+from blkckpt import childenv, errors
 from blkckpt.disk import api, chain, fileio, job, maps
 
 MAX_LINE = 1 << 20
@@ -127,6 +127,7 @@ def _spawn(command: Sequence[str], descriptors: Sequence[int]) -> subprocess.Pop
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=descriptors,
+            env=childenv.computing(),
             cwd="/",
         )
     except OSError as error:

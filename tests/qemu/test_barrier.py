@@ -242,7 +242,7 @@ def test_a1_the_guard_takes_an_abandoned_stream_to_its_end(sockets: tuple[Path, 
     guest.hand_stream(write)
     os.close(write)
     watch = guard.Guard(guard.QMP, str(sockets[0]), read)
-    watch.await_ready()
+    watch.take_charge()
     guest.migrate().result()
     session.wait_event(lambda event: event.name == "RESUME", since=0, timeout=20)
     os.close(read)

@@ -34,16 +34,26 @@ def wait(process: subprocess.Popen[bytes]) -> int:
 
 def test_released_touches_nothing(qemu: Qemu, tmp_path: Path) -> None:
     watch = guard.Guard(guard.QMP, str(tmp_path / "q"))
-    watch.await_ready()
+    watch.take_charge()
     watch.release()
     watch.release()
+    watch.abandon()
+    watch.reap()
+    assert watch._process.returncode == 0
+    assert qemu.seen == []
+
+
+def test_one_that_was_not_given_charge_touches_nothing(qemu: Qemu, tmp_path: Path) -> None:
+    """A guest that its user has paused stays so, when a checkpoint of it is refused or its agent dies early."""
+    watch = guard.Guard(guard.QMP, str(tmp_path / "q"))
+    watch.abandon()
     assert wait(watch._process) == 0
     assert qemu.seen == []
 
 
 def test_abandoned_continues_the_guest(qemu: Qemu, tmp_path: Path) -> None:
     watch = guard.Guard(guard.QMP, str(tmp_path / "q"))
-    watch.await_ready()
+    watch.take_charge()
     watch.abandon()
     assert wait(watch._process) == 0
     assert qemu.status == "running"
@@ -52,7 +62,7 @@ def test_abandoned_continues_the_guest(qemu: Qemu, tmp_path: Path) -> None:
 def test_a_killed_agent_is_noticed(qemu: Qemu, tmp_path: Path) -> None:
     """kill -9 of the process that holds the guard's standard input."""
     program = "import sys, time\nfrom blkckpt.agent import guard\n"
-    program += f"g = guard.Guard('qmp', {str(tmp_path / 'q')!r})\ng.await_ready()\n"
+    program += f"g = guard.Guard('qmp', {str(tmp_path / 'q')!r})\ng.take_charge()\n"
     program += "print(g._process.pid, flush=True)\ntime.sleep(60)"
     agent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT)
     assert agent.stdout is not None
@@ -70,7 +80,7 @@ def test_a_killed_agent_is_noticed(qemu: Qemu, tmp_path: Path) -> None:
 
 def test_signals_do_not_end_it(qemu: Qemu, tmp_path: Path) -> None:
     watch = guard.Guard(guard.QMP, str(tmp_path / "q"))
-    watch.await_ready()
+    watch.take_charge()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         watch._process.send_signal(number)
     time.sleep(0.1)
@@ -84,7 +94,7 @@ def test_a_running_migration_is_waited_for(qemu: Qemu, tmp_path: Path) -> None:
     """It may be about to stop the guest, or to resume it."""
     qemu.migration = {"status": "active"}
     watch = guard.Guard(guard.QMP, str(tmp_path / "q"))
-    watch.await_ready()
+    watch.take_charge()
     watch.abandon()
     deadline = time.monotonic() + 20
     while qemu.commands().count("query-migrate") < 2 and time.monotonic() < deadline:
@@ -127,7 +137,7 @@ def test_frozen_file_systems_are_thawed(tmp_path: Path) -> None:
     agent = FakeAgent(tmp_path / "ga")
     agent.frozen = True
     watch = guard.Guard(guard.GUEST_AGENT, str(tmp_path / "ga"))
-    watch.await_ready()
+    watch.take_charge()
     watch.abandon()
     assert wait(watch._process) == 0
     assert not agent.frozen

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from blkckpt.agent import receiver
+from blkckpt.agent import early, receiver
 
 
 def open_files() -> set[str]:
@@ -26,6 +26,17 @@ def test_one_that_was_not_needed_leaves_nothing() -> None:
     started.discard()
     assert not Path(f"/proc/{child}").exists()
     assert open_files() == before
+
+
+def test_children_that_were_not_needed_leave_nothing(tmp_path: Path) -> None:
+    """Nor does the guard, which was never in charge, look for a guest."""
+    before, others = open_files(), children()
+    started = early.Children(str(tmp_path / "qmp.sock"))
+    started.discard()
+    assert started.guard._process.wait(20) == 0
+    del started
+    assert open_files() == before
+    assert children() == others
 
 
 def test_one_with_a_job_is_not_discarded(tmp_path: Path) -> None:
