@@ -339,7 +339,7 @@ def take_back_of_killed(view: View) -> bool:
     """
     lost = False
     for index, overlay in enumerate(view.layers):
-        if overlay.handed_by_killed() and any([file.lost_writes() for file in _files(view, index + 1)]):
+        if overlay.handed_by_killed() and any(file.lost_writes() for file in _files(view, index + 1)):
             overlay.take_back()
             lost = True
     return lost

@@ -11,8 +11,8 @@ The state file alone says which layers exist.  Files are made durable before it 
 forgotten them, so a file that it does not name is left over from a crash in between; :func:`sweep` removes those.
 
 *Opening.*  After kill -9 (same boot) the live map is the truth, and the durable pages that it is ahead of are dirty
-again; but what the dead server handed down is taken back if the file system has lost writes (D9).  After a clean stop or power loss there is none (or one of another boot), and the durable map is loaded into a
-new one.
+again; but what the dead server handed down is taken back if the file system has lost writes (D9).  After a clean stop
+or power loss there is none (or one of another boot), and the durable map is loaded into a new one.
 """
 
 from __future__ import annotations
