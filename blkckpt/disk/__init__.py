@@ -55,7 +55,8 @@ Rules
 * **D7** A silent driver loses its lease, and the disks go back to rest; so do disks whose server finds overlays.
 * **D8** Commit: :mod:`blkckpt.disk.commit`.
 * **D9** A failed fsync is final for its file: :meth:`fileio.File.datasync`.  A failed map poisons its data.  Layers
-  above take back what they handed down and no flush has covered: :meth:`layer.Overlay.take_back`.
+  above take back what they handed down and no flush has covered: :meth:`layer.Overlay.take_back`; for a server that
+  was killed before it could, the next one does: :func:`chain.take_back_of_killed`.
 * **D10** Errors carry the true errno.  A write that fails sets no bit; space for maps is taken before a bit is set.
 * **D11** Zero and trim set bits over holes.  The last block may be short.
 * **D12** One writer per VM; every file says what it is, and one that is torn or foreign is an error with its name.

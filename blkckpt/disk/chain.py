@@ -331,9 +331,26 @@ def take_back(view: View, index: int, overlay: layer.Overlay) -> None:
         overlay.take_back()
 
 
+def take_back_of_killed(view: View) -> bool:
+    """:func:`take_back` for a server that was killed between a failed sync and its own; whether there was need to.
+
+    Before the first request.  That server has left no word of the failure, but the file system has.  It is asked only
+    if something was handed down that no flush had covered: the asking writes out all of it.
+    """
+    lost = False
+    for index, overlay in enumerate(view.layers):
+        if overlay.handed_by_killed() and any(file.lost_writes() for file in _files(view, index + 1)):
+            overlay.take_back()
+            lost = True
+    return lost
+
+
 def failure(view: View, index: int = 0) -> str | None:
     """Why the disk, or layers ``index`` and below, only serve reads, if they do (D9)."""
+    return next((file.failed for file in _files(view, index) if file.failed is not None), None)
+
+
+def _files(view: View, index: int) -> list[fileio.File]:
+    """Those of layers ``index`` and below that writes go to."""
     files = [overlay.file for overlay in view.layers[index:]]
-    if isinstance(view.floor, fileio.File):
-        files.append(view.floor)
-    return next((file.failed for file in files if file.failed is not None), None)
+    return [*files, view.floor] if isinstance(view.floor, fileio.File) else files

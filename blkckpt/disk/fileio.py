@@ -192,6 +192,15 @@ class File:
         """The system call, for harnesses to replace."""
         os.fdatasync(self.fd)
 
+    def lost_writes(self) -> bool:
+        """Whether the file system has failed to write something and told nobody through here or by syncfs(2) before.
+
+        A failed fsync leaves this mark beside the file's own, which it takes away, so that it is there for who comes
+        after a server that was killed before it acted on that failure.  Of whichever file it was.  Writes out the
+        whole file system.  A block device leaves no such mark: False.
+        """
+        return bool(_libc.syncfs(self.fd) != 0)
+
     def fail(self, reason: str) -> None:
         """Poison the file (D9): reads go on, everything else gets EIO."""
         self.failed = self.failed or reason

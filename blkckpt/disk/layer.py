@@ -103,6 +103,10 @@ class Overlay:
         for first, end in runs:
             self.bits.unmark(first, end)
 
+    def handed_by_killed(self) -> bool:
+        """Whether a server that was killed had handed down blocks that no flush has covered; before the first flush."""
+        return self.bits.lacks(self.durable.read())
+
     def take_back(self) -> None:
         """A layer below has lost writes (D9): what was handed down since the last flush is read from here again.
 

@@ -203,6 +203,13 @@ class LiveMap(blockmap.BlockMap):
         mine, clear = self.all_pages(), bytes(formats.SLOT_BYTES)
         return {page for page in mine.keys() | pages.keys() if mine.get(page, clear) != pages.get(page, clear)}
 
+    def lacks(self, pages: Pages) -> bool:
+        """Whether a bit of *pages* is not set here."""
+        return any(
+            int.from_bytes(bits, "little") & ~int.from_bytes(self.slot_bits(page), "little")
+            for page, bits in pages.items()
+        )
+
     def _allocate(self, page: int) -> None:
         """Back 4096 bytes of the mapping, so that touching them cannot be a SIGBUS on a full tmpfs."""
         os.posix_fallocate(self.fd, formats.HEADER + (page << blockmap.PAGE_SHIFT), blockmap.PAGE)

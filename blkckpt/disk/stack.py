@@ -11,8 +11,8 @@ The state file alone says which layers exist.  Files are made durable before it 
 forgotten them, so a file that it does not name is left over from a crash in between; :func:`sweep` removes those.
 
 *Opening.*  After kill -9 (same boot) the live map is the truth, and the durable pages that it is ahead of are dirty
-again.  After a clean stop or power loss there is none (or one of another boot), and the durable map is loaded into a
-new one.
+again; but what the dead server handed down is taken back if the file system has lost writes (D9).  After a clean stop
+or power loss there is none (or one of another boot), and the durable map is loaded into a new one.
 """
 
 from __future__ import annotations
@@ -179,9 +179,15 @@ def open_view(
             floor = fileio.open_base(Path(state.path), place.size)
         undo.callback(floor.close)
         bits, changed = _open_changes(place, state, clean=clean)
+        undo.callback(bits.close)
+        commit = len(state.overlays) == 1 and not state.overlays[0].retained
+        view = chain.View(place.size, tuple(layers), floor, bits, commit=commit)
+        if not clean and chain.take_back_of_killed(view):
+            _log.warning(
+                "the file system has lost writes: blocks that were being committed are read from their overlay again",
+                extra={"fields": {"vm": place.vm.name, "disk": place.disk}},
+            )
         undo.pop_all()
-    commit = len(state.overlays) == 1 and not state.overlays[0].retained
-    view = chain.View(place.size, tuple(layers), floor, bits, commit=commit)
     return view, dataclasses.replace(state, changed=changed, frozen=())
 
 

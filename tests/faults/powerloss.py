@@ -69,6 +69,7 @@ def assert_complete(start: crash.Machine, events: Sequence[recorder.Event], root
         if not path.name.endswith("-shm")
     }
     replayed = {name: content for name, content in start.files().items() if not name.endswith("-shm")}
-    assert replayed.keys() == real.keys()
+    missed, gone = sorted(real.keys() - replayed.keys()), sorted(replayed.keys() - real.keys())
+    assert not missed and not gone, f"the making of {missed} and the going of {gone} were not recorded"
     wrong = [name for name in real if real[name] != replayed[name]]
     assert not wrong, f"changes of {wrong} were not recorded"

@@ -16,6 +16,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 _HEAD = struct.Struct("=IIIIQQQ")
 
+_LIMITED = """\
+import faulthandler, runpy, sys
+faulthandler.dump_traceback_later(float(sys.argv[1]), exit=True)
+module, sys.argv = sys.argv[2], sys.argv[2:]
+runpy.run_module(module, run_name="__main__")
+"""
+
 CREATE, MKDIR, RENAME, LINK, UNLINK, RMDIR, WRITE, TRUNCATE, ZERO, ALLOCATE, SYNC, SYNC_ALL, MARK = range(1, 14)
 
 
@@ -49,15 +56,18 @@ def build(directory: Path) -> Path:
 
 
 def run(library: Path, root: Path, log: Path, module: str, *arguments: str, timeout: float = 120) -> list[Event]:
-    """Run ``python -m MODULE ARGUMENTS`` recording what happens below *root* (a real path); returns the log."""
+    """Run ``python -m MODULE ARGUMENTS`` recording what happens below *root* (a real path); returns the log.
+
+    After *timeout* seconds it tells where each of its threads is, and fails.
+    """
     environment = {**os.environ, "LD_PRELOAD": str(library), "RECORD_ROOT": str(root), "RECORD_LOG": str(log)}
     result = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
+        [sys.executable, "-c", _LIMITED, str(timeout), module, *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=timeout + 30,
         check=False,
     )
     assert result.returncode == 0, f"{module} {' '.join(arguments)}:\n{result.stdout}{result.stderr}"

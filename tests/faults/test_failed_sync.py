@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from blkckpt import errors, paths
-from blkckpt.disk import api, disk, group
+from blkckpt.disk import api, disk, group, layer
 from tests.faults import disk_workload
 from tests.support import mounts
 
@@ -133,3 +133,41 @@ def test_d9_a_commit_over_a_failed_fsync_clears_nothing(thin: Path, tmp_path: Pa
         assert after == before
     finally:
         again.close()
+
+
+def test_d9_a_server_killed_before_it_takes_back_loses_nothing(
+    thin: Path, tmp_path: Path, shm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D8, D9: the base's fsync fails, and kill -9 comes before the bits are taken back: the next server does it."""
+    base, data = thin / "vda.raw", random.Random(5).randbytes(MIB)
+    vm, opened = machine(tmp_path, base, shm / "live")
+    opened.close()
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(layer.Overlay, "take_back", lambda overlay: os._exit(9 if overlay.empty else 8))
+        try:
+            _commit_more_than_there_is(vm, data)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9, "killed when every bit was clear"
+    with base.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    again = group.DiskGroup.open(vm, open_image=disk_workload.no_image)
+    try:
+        for offset in range(0, SIZE // 2, MIB):
+            found = bytearray(MIB)
+            again.disks["vda"].pread(found, offset)
+            assert found == data, f"D9: flushed data at {offset} is lost"
+    finally:
+        again.close()
+
+
+def _commit_more_than_there_is(vm: paths.VmPaths, data: bytes) -> None:
+    opened = group.DiskGroup.open(vm, open_image=disk_workload.no_image)
+    opened.start()
+    opened.prepare("c")
+    opened.switch()
+    for offset in range(0, SIZE // 2, MIB):
+        opened.disks["vda"].pwrite(data, offset, False)
+    opened.disks["vda"].flush()
+    opened.abort().wait(30)
