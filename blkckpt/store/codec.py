@@ -10,9 +10,12 @@ MB/s a core at 64 KiB: blake3 4,100; SHA-256 380 to 1,400 (with the CPU's instru
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +34,21 @@ def _sha256(data: bytes | memoryview) -> bytes:
     return hashlib.sha256(data).digest()
 
 
+def _library() -> Callable[[bytes, int, int, int], int] | None:
+    """``LZ4_decompress_safe`` of the distribution's liblz4, if it is there (systemd and dpkg need it).
+
+    The module can only make new bytes; this writes where the data is wanted, a sixth of the time of reading an image.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        found = ctypes.CDLL("liblz4.so.1").LZ4_decompress_safe
+        found.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+        found.restype = ctypes.c_int
+        return found
+    return None
+
+
+_decompress_safe = _library()
+
 _SAMPLED = 32 << 10
 """Smaller chunks are not worth a sample: 6 µs, against 25 for a whole chunk that cannot be compressed."""
 
@@ -46,9 +64,21 @@ class Codec:
         """The raw bytes of a chunk, checked; raises CorruptError naming *what*, never returns wrong bytes."""
         layout.check_lengths(len(payload), raw, what)
         data = bytes(payload) if len(payload) == raw else _decompress(payload, raw, what)
+        self._judge(data, digest, what)
+        return data
+
+    def decode_into(self, payload: memoryview, buf: memoryview, digest: bytes, what: str) -> None:
+        """:meth:`decode` into *buf*, which has the chunk's length; after an error it holds anything."""
+        layout.check_lengths(len(payload), len(buf), what)
+        if len(payload) == len(buf):
+            buf[:] = payload
+        else:
+            _decompress_into(payload, buf, what)
+        self._judge(buf, digest, what)
+
+    def _judge(self, data: bytes | memoryview, digest: bytes, what: str) -> None:
         if self.digest(data) != digest:
             raise errors.CorruptError(f"{what}: the data does not have its hash {digest.hex()[:16]}…")
-        return data
 
 
 def preferred() -> str:
@@ -100,6 +130,18 @@ def _decompress(payload: bytes | memoryview, raw: int, what: str) -> bytes:
     if len(data) != raw:
         raise errors.CorruptError(f"{what}: decompressed to {len(data)} bytes instead of {raw}")
     return data
+
+
+def _decompress_into(payload: memoryview, buf: memoryview, what: str) -> None:
+    if _decompress_safe is None:
+        buf[:] = _decompress(payload, len(buf), what)
+        return
+    place = ctypes.addressof(ctypes.c_char.from_buffer(buf))
+    length = _decompress_safe(bytes(payload), place, len(payload), len(buf))
+    if length < 0:
+        raise errors.CorruptError(f"{what}: the compressed data is damaged")
+    if length != len(buf):
+        raise errors.CorruptError(f"{what}: decompressed to {length} bytes instead of {len(buf)}")
 
 
 def is_zero(data: bytes | memoryview) -> bool:

@@ -135,17 +135,47 @@ class ImageReader:
         return b"".join(parts)
 
     def read_into(self, buf: memoryview, offset: int) -> None:
-        """Fill *buf* with the bytes at *offset*; errors as :meth:`read`, which is slower: it joins them first."""
+        """Fill *buf* with the bytes at *offset*; errors as :meth:`read`.
+
+        Whole chunks are decoded in place and not kept, nor read ahead of: whoever reads this much at once does not
+        come back for it, and in 256 KiB to hand a chunk over from another thread costs more than to decode it.
+        """
         length = len(buf)
         self._check(offset, length)
+        first, end = -(-offset // layout.CHUNK), (offset + length) // layout.CHUNK
+        if first >= end:
+            self._copy_into(buf, offset)
+            return
+        low, high = first * layout.CHUNK - offset, end * layout.CHUNK - offset
+        with buf[:low] as head, buf[low:high] as body, buf[high:] as tail:
+            self._copy_into(head, offset, follow=False)
+            self._announce(first, end)
+            self._follow(lambda _: self._decode_into(body, first))
+            self._copy_into(tail, offset + high, follow=False)
+
+    def _copy_into(self, buf: memoryview, offset: int, *, follow: bool = True) -> None:
+        """Fill *buf* from chunks that are kept; *follow*: and read ahead, if it goes on from an earlier read."""
+        length = len(buf)
         if not length:
             return
         first, last = offset // layout.CHUNK, (offset + length - 1) // layout.CHUNK
         position, begin = 0, offset - first * layout.CHUNK
-        for data in self._get(range(first, last + 1)):
+        for data in self._get(range(first, last + 1), follow=follow):
             count = min(len(data) - begin, length - position)
             buf[position : position + count] = data if count == len(data) else data[begin : begin + count]
             position, begin = position + count, 0
+
+    def _decode_into(self, buf: memoryview, first: int) -> None:
+        """Fill *buf* with the whole chunks from *first* on."""
+        numbers = range(first, first + len(buf) // layout.CHUNK)
+        decode = self._packs.codec.decode_into
+        for number, entry, payload in self._payloads(numbers, self._entries(numbers)):
+            start = (number - first) * layout.CHUNK
+            with buf[start : start + layout.CHUNK] as part:
+                if payload is None:
+                    part[:] = layout.ZERO_CHUNK
+                else:
+                    decode(payload, part, entry.hash, self._name(number, entry))
 
     def chunk(self, number: int) -> bytes:
         """The raw bytes of chunk *number* (64 KiB; less for the last one of an odd image)."""
@@ -226,6 +256,16 @@ class ImageReader:
         """Where chunk *number* is."""
         return layout.unpack_entry(self.leaf(number // layout.LEAF), number % layout.LEAF)
 
+    def _entries(self, numbers: range) -> list[layout.Entry]:
+        """Where the chunks *numbers*, which follow each other, are."""
+        found: list[layout.Entry] = []
+        while numbers:
+            leaf, slot = divmod(numbers.start, layout.LEAF)
+            count = min(len(numbers), layout.LEAF - slot)
+            found += layout.unpack_entries(self.leaf(leaf), slot, count)
+            numbers = numbers[count:]
+        return found
+
     def chunk_hashes(self, first: int, count: int) -> list[bytes]:
         """The hashes of chunks [first, first + count); zero chunks have the hash of 32 zero bytes."""
         return [self.entry(number).hash for number in range(first, first + count)]
@@ -267,7 +307,7 @@ class ImageReader:
         if self._ahead:
             self._ahead.close()
 
-    def _get(self, numbers: range) -> list[bytes]:
+    def _get(self, numbers: range, *, follow: bool = True) -> list[bytes]:
         """The chunks *numbers*, from the cache, by reading ahead, or from the packs."""
         ahead = self._ahead
         self._announce(numbers.start, numbers.stop)
@@ -283,7 +323,7 @@ class ImageReader:
             fresh = self._fetch(wanted)
             found |= fresh
             self._remember(fresh)
-        if ahead:
+        if ahead and follow:
             ahead.note(numbers, self._chunks.__contains__)
         return [found[number] for number in numbers]
 
@@ -312,9 +352,9 @@ class ImageReader:
             if coming.stop > self._met:
                 later = range(coming.start, min(coming.start + _MET, self.chunks))
                 self._met = later.stop
-                for pack in {entry.pack for entry in map(self.entry, later) if entry.raw}:
+                for pack in {entry.pack for entry in self._entries(later) if entry.raw}:
                     self._packs.exists(pack)
-            self._packs.hint([entry for entry in map(self.entry, coming) if entry.raw])
+            self._packs.hint([entry for entry in self._entries(coming) if entry.raw])
 
     def announce(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Have the disk fetch what these ranges, ``(offset, length)``, need: they will be read, by whomever."""
@@ -328,20 +368,26 @@ class ImageReader:
 
     def _read_chunks(self, numbers: Sequence[int]) -> dict[int, bytes]:
         found: dict[int, bytes] = {}
-        wanted: list[tuple[int, layout.Entry]] = []
-        for number in numbers:
-            entry = self.entry(number)
-            if entry.raw:
-                wanted.append((number, entry))
-            else:
+        decode = self._packs.codec.decode
+        for number, entry, payload in self._payloads(numbers, [self.entry(number) for number in numbers]):
+            if payload is None:
                 length = layout.chunk_length(self.size, number)
                 found[number] = layout.ZERO_CHUNK if length == layout.CHUNK else bytes(length)
-        what = f"image {self.image_id}"
-        payloads = self._packs.payloads([entry for _, entry in wanted], f"{what} chunk {numbers[0]}…")
-        for (number, entry), (_, payload) in zip(wanted, payloads, strict=True):
-            place = f"{what} chunk {number} (pack {entry.pack:016x} at {entry.offset})"
-            found[number] = self._packs.codec.decode(payload, entry.raw, entry.hash, place)
+            else:
+                found[number] = decode(payload, entry.raw, entry.hash, self._name(number, entry))
         return found
+
+    def _payloads(
+        self, numbers: Sequence[int], entries: Sequence[layout.Entry]
+    ) -> Iterator[tuple[int, layout.Entry, memoryview | None]]:
+        """The stored bytes of chunks, unchecked; None for zeros.  Neighbours are read together."""
+        wanted = [entry for entry in entries if entry.raw]
+        payloads = self._packs.payloads(wanted, f"image {self.image_id} chunk {numbers[0]}…")
+        for number, entry in zip(numbers, entries, strict=True):
+            yield number, entry, next(payloads)[1] if entry.raw else None
+
+    def _name(self, number: int, entry: layout.Entry) -> str:
+        return f"image {self.image_id} chunk {number} (pack {entry.pack:016x} at {entry.offset})"
 
     def _remember(self, fresh: Mapping[int, bytes]) -> None:
         with self._lock:

@@ -209,22 +209,18 @@ class _Window:
         return self._data[begin : begin + length]
 
 
-def _runs(entries: Sequence[layout.Entry]) -> Iterator[list[layout.Entry]]:
+def _runs(entries: Sequence[layout.Entry]) -> Iterator[Sequence[layout.Entry]]:
     """Group *entries* that lie close together, in order, in one pack."""
-    run: list[layout.Entry] = []
-    for entry in entries:
-        if run and not _joins(run, entry):
-            yield run
-            run = []
-        run.append(entry)
-    if run:
-        yield run
-
-
-def _joins(run: list[layout.Entry], entry: layout.Entry) -> bool:
-    first, last = run[0], run[-1]
-    gap = entry.offset - (last.offset + last.stored)
-    return entry.pack == last.pack and 0 <= gap <= _GAP and entry.offset + entry.stored - first.offset <= MAX_READ
+    begin = first = end = 0
+    pack = -1
+    for index, (_, its, offset, stored, _) in enumerate(entries):
+        if its != pack or not 0 <= offset - end <= _GAP or offset + stored - first > MAX_READ:
+            if index:
+                yield entries[begin:index]
+            begin, pack, first = index, its, offset
+        end = offset + stored
+    if entries:
+        yield entries[begin:]
 
 
 def _pack_of(key: str) -> int | None:

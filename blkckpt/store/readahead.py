@@ -1,7 +1,8 @@
 """Reading ahead: chunks that a sequential reader will want next are fetched and decompressed by another thread.
 
 Reading a file, lz4 and the hashes let go of the interpreter, so on a second processor the next chunks are made while
-the reader takes the last ones.  Nothing is fetched for readers that jump.  A reader is *sequential* when it begins
+the reader takes the last ones.  Nothing is fetched for readers that jump, nor for those that take whole chunks at a
+time, which decode them where they want them (``ImageReader.read_into``).  A reader is *sequential* when it begins
 where an earlier read ended (several may be under way: a guest and the fill of its disk).
 
 States of a chunk: unknown → coming (a future) → in the cache of its reader.  Whoever wants a chunk that is coming

@@ -2,6 +2,7 @@
 
 A chunk is known by its hash, so that the same data in a hundred checkpoints is one entry.  Decoding releases the
 interpreter lock (file I/O, lz4, the hash); a chunk that is being decoded by one thread is waited for by the others.
+What has been read as a whole is dropped, for the kernel keeps its pages; chunks read in parts stay.
 
 *Read-ahead* is asked for in batches and done by a few threads of its own.  A batch that fails is forgotten: whoever
 needs the chunk decodes it again and gets the error itself.
@@ -131,6 +132,13 @@ class Chunks:
         if missing:  # its read-ahead failed, or it has been dropped meanwhile
             found |= _decode(store, missing)
         return [found[entry.hash] for entry, _ in wanted]
+
+    def drop(self, digests: Iterable[bytes]) -> None:
+        """Chunks that nobody will ask for again: their memory is used for the next ones while it is in a cache of the
+        processor, instead of memory that the kernel first has to clear."""
+        with self._lock:
+            for digest in digests:
+                self.bytes -= len(self._found.pop(digest, b""))
 
     def ahead(self, store: packs.Packs, wanted: Sequence[Wanted]) -> None:
         """Decode these soon, in the background, unless they are here or under way."""

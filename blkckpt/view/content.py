@@ -131,7 +131,8 @@ class Image:
                 data = self._follow(lambda: self._chunk(first))
             return zeros(length) if data is None else [data[begin : begin + length] if length < len(data) else data]
         last = (end - 1) // layout.CHUNK
-        found = self._follow(lambda: self._chunks(first, last + 1))
+        passing = range(first + bool(begin), end // layout.CHUNK if end < self.size else last + 1)
+        found = self._follow(lambda: self._chunks(first, last + 1, passing))
         if begin:
             found[0] = found[0][begin:]
         found[-1] = found[-1][: end - last * layout.CHUNK]
@@ -160,22 +161,36 @@ class Image:
         data = self._cache.peek(entry.hash)
         return data if data is not None else self._cache.get(self._store, [(entry, self._name(number))])[0]
 
-    def _chunks(self, first: int, end: int) -> list[bytes]:
-        entries = [self._entry(number) for number in range(first, end)]
+    def _chunks(self, first: int, end: int, passing: range) -> list[bytes]:
+        """Chunks [first, end); those of *passing* are given whole, and whoever asked keeps them (the page cache)."""
+        entries = self._entries(first, end)
         wanted = [(entry, self._name(first + index)) for index, entry in enumerate(entries) if entry is not None]
         found = iter(self._cache.get(self._store, wanted) if wanted else ())
+        self._cache.drop(entry.hash for number in passing if (entry := entries[number - first]) is not None)
         return [
             next(found) if entry is not None else _ZEROS[: layout.chunk_length(self.size, first + index)]
             for index, entry in enumerate(entries)
         ]
 
     def _entry(self, number: int) -> layout.Entry | None:
-        leaf, index = divmod(number, layout.LEAF)
+        return self._entries(number, number + 1)[0]
+
+    def _entries(self, first: int, end: int) -> list[layout.Entry | None]:
+        """Where chunks [first, end) are; None for zeros."""
+        found: list[layout.Entry | None] = []
         table = self._table
-        if not table.leaf(leaf).raw:
-            return None
-        entries = self._cache.leaf(self._store, table, leaf)
-        return layout.checked_entry(entries, index, layout.chunk_length(self.size, number), self._name(number))
+        while first < end:
+            leaf = first // layout.LEAF
+            base, stop = leaf * layout.LEAF, min(end, (leaf + 1) * layout.LEAF)
+            if table.leaf(leaf).raw:
+                packed = self._cache.leaf(self._store, table, leaf)
+                for number in range(first, stop):
+                    length = layout.chunk_length(self.size, number)
+                    found.append(layout.checked_entry(packed, number - base, length, self._name(number)))
+            else:
+                found += [None] * (stop - first)
+            first = stop
+        return found
 
     def digest(self, number: int) -> bytes | None:
         """The hash of chunk *number*; None for zeros."""
@@ -202,8 +217,8 @@ class Image:
 
     def _read_ahead(self, offset: int, length: int) -> None:
         first, end = offset // layout.CHUNK, -(-min(offset + length, self.size) // layout.CHUNK)
-        numbers = ((number, self._entry(number)) for number in range(first, end))
-        self._cache.ahead(self._store, [(entry, self._name(number)) for number, entry in numbers if entry is not None])
+        numbered = enumerate(self._entries(first, end), first)
+        self._cache.ahead(self._store, [(entry, self._name(number)) for number, entry in numbered if entry is not None])
 
     def ahead_of(self, ranges: Iterable[tuple[int, int]]) -> None:
         """These ranges, ``(offset, length)``, will be read soon, in this order: as many as the cache has room for."""

@@ -121,6 +121,8 @@ def test_one_bad_chunk_is_named_and_the_others_are_read(target: store.Store, tmp
     assert read_by_chunk(target) == reader.chunks - 1
     with pytest.raises(errors.CorruptError, match=f"chunk 3 .*{entry.pack:016x}"):
         target.image(reader.image_id).chunk(3)
+    with pytest.raises(errors.CorruptError, match=f"chunk 3 .*{entry.pack:016x}"):
+        target.image(reader.image_id).read_into(memoryview(bytearray(4 * CHUNK)), CHUNK)
     for report in (check.verify(target), check.verify(target, "web", "one"), check.verify(target, "web")):
         assert report.problem_count == 1
         assert report.problems[0].where == f"web@one, image {reader.image_id}, chunk 3"
@@ -204,6 +206,34 @@ def test_bombs_and_impossible_lengths(payload: bytes, raw: int) -> None:
     for digest in (CODEC.digest(bytes(CHUNK)), CODEC.digest(payload)):
         with pytest.raises(errors.CorruptError, match="the chunk"):
             CODEC.decode(payload, raw, digest, "the chunk")
+
+
+@pytest.mark.parametrize("library", [True, False], ids=["liblz4", "module"])
+def test_damage_decoded_in_place(monkeypatch: pytest.MonkeyPatch, library: bool) -> None:
+    """Rules S3, S4: nothing beside the buffer is written, and no damage is taken for the chunk."""
+    if not library:
+        monkeypatch.setattr(codec, "_decompress_safe", None)
+    elif codec._decompress_safe is None:
+        pytest.skip("no liblz4 here")
+    chance = random.Random(7)
+    raw = (chance.randbytes(300) + b"words, words, " * 9000)[:CHUNK]
+    good = lz4.block.compress(raw, store_size=False)
+    bombs = [lz4.block.compress(bytes(1 << 20), store_size=False), lz4.block.compress(raw[:-1], store_size=False)]
+    flipped = []
+    for _ in range(300):
+        data = bytearray(good)
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        flipped.append(bytes(data))
+    digest = CODEC.digest(raw)
+    around = bytearray(b"\xa5" * (CHUNK + 8192))
+    with memoryview(around)[4096:-4096] as buf:
+        for payload in [*bombs, *flipped, good[:-1], good + b"x", b"", b"\xf0" + b"\xff" * 300, bytes(CHUNK + 1)]:
+            with pytest.raises(errors.CorruptError, match="the chunk"):
+                CODEC.decode_into(memoryview(payload), buf, digest, "the chunk")
+            assert around[:4096] == around[-4096:] == b"\xa5" * 4096
+        for payload in (good, raw):
+            CODEC.decode_into(memoryview(payload), buf, digest, "the chunk")
+            assert buf == raw
 
 
 def test_a_bomb_in_a_pack(target: store.Store) -> None:

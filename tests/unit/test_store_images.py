@@ -408,6 +408,36 @@ class Fetches:
         monkeypatch.setattr(images.ImageReader, "_fetch", noted)
 
 
+@pytest.mark.parametrize("library", [True, False], ids=["liblz4", "module"])
+def test_reading_into_a_buffer(target: store.Store, monkeypatch: pytest.MonkeyPatch, library: bool) -> None:
+    """Any range, by either decoder; whole chunks are neither kept nor read ahead of, and parts of one decoded once."""
+    if not library:
+        monkeypatch.setattr(codec, "_decompress_safe", None)
+    elif codec._decompress_safe is None:
+        pytest.skip("no liblz4 here")
+    chance = random.Random(11)
+    kinds = [chance.choice(["zero", "random", "text", "same"]) for _ in range(30)]
+    data = b"".join(chunk_of(kind, CHUNK, chance) for kind in kinds) + b"the end"
+    image = put(target, data).image
+    reader = target.image(image)
+    for _ in range(80):
+        low, high = sorted(chance.randint(0, len(data)) for _ in range(2))
+        buf = bytearray(b"?" * (high - low))
+        reader.read_into(memoryview(buf), low)
+        assert buf == data[low:high]
+    with pytest.raises(errors.InputError):
+        reader.read_into(memoryview(bytearray(8)), len(data) - 7)
+    fetches, reader = Fetches(monkeypatch), target.image(image, ahead=True)
+    step, buf = 3 * CHUNK, bytearray(3 * CHUNK)
+    for offset in range(4096, 27 * CHUNK, step):
+        reader.read_into(memoryview(buf), offset)
+        assert buf == data[offset : offset + step]
+    reader.close()
+    assert not fetches.ahead
+    with_data = [number for number in fetches.direct if kinds[number] != "zero"]
+    assert with_data == [number for number in range(0, 28, 3) if kinds[number] != "zero"], "those at borders, each once"
+
+
 def test_a_sequential_reader_finds_its_chunks_made(target: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:
     data = os.urandom(100 * CHUNK + 77)
     image = put(target, data).image

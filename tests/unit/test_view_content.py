@@ -136,6 +136,21 @@ def test_an_image_under_many_readers(place: store.Store) -> None:
     assert one.used() == sum(CHUNK for part in parts if part.count(0) != CHUNK) + 4
 
 
+def test_what_is_read_in_whole_chunks_is_not_kept(place: store.Store) -> None:
+    """The kernel has it; parts of a chunk will be asked for again."""
+    wanted = random.Random(8).randbytes(20 * CHUNK + 5)
+    cache = chunks.Chunks()
+    one = content.Image(place.packs, images.load_table(place.packs, written(place, wanted)), cache)
+    one.ahead(0, len(wanted))
+    for offset in range(0, len(wanted), 2 * CHUNK):
+        assert content.read(one, offset, 2 * CHUNK) == wanted[offset : offset + 2 * CHUNK]
+    assert cache.bytes <= 5, "the last piece is a read inside of one chunk"
+    kept = cache.bytes
+    assert content.read(one, 100, 2 * CHUNK) == wanted[100 : 100 + 2 * CHUNK]
+    assert cache.bytes == kept + 2 * CHUNK, "the two that were read in part"
+    cache.close()
+
+
 def test_a_failed_read_ahead_is_no_wrong_byte(place: store.Store) -> None:
     wanted = random.Random(5).randbytes(4 * CHUNK)
     image = written(place, wanted)
