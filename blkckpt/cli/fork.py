@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from blkckpt import units
-from blkckpt.agent import supervisor
+from blkckpt.agent import supervisor, template
 from blkckpt.cli import names, output, restore, run, session, verb
 
 if TYPE_CHECKING:
@@ -77,7 +77,10 @@ def command(
     wanted = tuple(units.check_name(f"{prefix or target.vm}-{number + 1}", "VM name") for number in range(count))
     with contextlib.ExitStack() as stack:
         # first of all: they load while the disks and the memory are being made
-        waiting = {name: stack.enter_context(supervisor.Detached()) for name in wanted}
+        loaded = stack.enter_context(template.Template(ours.home)) if count > 1 else None
+        waiting = {name: stack.enter_context(supervisor.Detached(loaded)) for name in wanted}
+        for name, detached in waiting.items():
+            detached.expect(ours.home.vm(name))
         found = ours.checkpoint(target)
         chosen = restore.with_arguments(found.manifest, extra)
         with ours.reporter() as progress:
