@@ -1,7 +1,8 @@
 """nbdkit plugin of blkckpt: a thin adapter between nbdkit's callbacks and :mod:`blkckpt.control.host`.
 
 Not started by hand: ``blkckpt serve`` and ``blkckpt run`` bind the sockets, clean the environment and give the
-parameters ``home= vm= python= site= control_fd= fast=``, and ``start_fd=`` to wait for the word.
+parameters ``home= vm= python= site= control_fd= fast=``, and ``start_fd=`` to wait for the word.  With
+``template_fd=`` it serves nothing: the servers of many VMs are forked from it (:mod:`blkckpt.control.template`).
 
 nbdkit embeds the distribution's interpreter, which knows nothing of the environment blkckpt is installed in; so
 that environment's site directory is put *first* on ``sys.path``, before anything of blkckpt is imported.
@@ -64,8 +65,11 @@ def _tell(error: Exception) -> OSError:
 # Starting and stopping.
 
 
+_KNOWN = frozenset({"home", "vm", "python", "site", "control_fd", "start_fd", "template_fd", "fast"})
+
+
 def config(key: str, value: str) -> None:
-    if key in _parameters or key not in ("home", "vm", "python", "site", "control_fd", "start_fd", "fast"):
+    if key in _parameters or key not in _KNOWN:
         raise ValueError(f"unknown or repeated parameter {key}=")
     _parameters[key] = value
 
@@ -73,6 +77,8 @@ def config(key: str, value: str) -> None:
 def config_complete() -> None:
     global _host  # nbdkit's callbacks are module functions; this is their only state
     _put_first(_site_directory())
+    if "template_fd" in _parameters:  # from here on this is the server of one VM, in a fork
+        importlib.import_module("blkckpt.control.template").become(_parameters)
     _host = importlib.import_module("blkckpt.control.host").Host(_parameters, nbdkit.shutdown)
 
 

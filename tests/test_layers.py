@@ -53,7 +53,7 @@ RANKS: tuple[frozenset[str], ...] = (
         "disk.layer", "agent.rescue", "memory.intake", "store.images", "agent.nbdserver", "view.records",
         "view.touched",
     }),
-    frozenset({"view.starting"}),
+    frozenset({"view.starting", "agent.template"}),
     frozenset({
         "store.compare", "store.frozen", "store.marks", "store.writer", "memory.apart", "exchange.pump", "agent.early",
     }),
@@ -86,7 +86,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"daemon.task", "daemon.service", "daemon.survey"}),
     frozenset({"daemon.host"}),
     frozenset({"control.host", "restore.disks", "restore.ram", "restore.fused", "restore.prefetch"}),
-    frozenset({"restore.machine", "restore.atrest", "exchange.inward"}),
+    frozenset({"control.template", "restore.machine", "restore.atrest", "exchange.inward"}),
     frozenset({"restore.revert", "restore.flatten", "restore.fork", "restore.boot"}),
     frozenset({"doctor"}),
     frozenset({"cli"}),

@@ -10,7 +10,7 @@
 ``turn``            whose turn it is at the guest
 ``consistency``     checkpoints of several VMs, all stopped at the same time: where their runners meet
 ``guard``           the child that continues a guest whose agent was killed (with ``rescue``)
-``supervisor``      runs a VM: nbdkit and QEMU (with ``nbdserver``, ``qemuargs``, ``rundir``)
+``supervisor``      runs a VM: nbdkit and QEMU (with ``nbdserver``, ``template``, ``qemuargs``, ``rundir``)
 ``forget``          removes a VM
 ==================  ======================================================================================
 

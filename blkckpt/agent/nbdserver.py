@@ -18,7 +18,7 @@ What nbdkit gets from us, and why:
 It can be started *early* (:meth:`NbdServer.early`), before its VM exists: it loads its interpreter, the plugin and
 what reads a store, which takes longer than making the VM, and waits on descriptor 5 (``start_fd=5``).  Its two
 sockets have no name yet.  :meth:`NbdServer.start` sends it the log, which is the word to open the disks; the end of
-the connection without one ends it.
+the connection, before or after, ends it.  Many early ones come cheaper from :mod:`blkckpt.agent.template`.
 """
 
 from __future__ import annotations
@@ -179,6 +179,8 @@ class NbdServer:
         self._nbd, self._control = nbd, control
         self._plugin = plugin or plugin_path()
         self._gate: socket.socket | None = None
+        self._leash: socket.socket | None = None
+        self._adopted = False
         self._early_words = -1
         self._log_start = 0
         self.pid = 0
@@ -204,6 +206,15 @@ class NbdServer:
             raise
         return server
 
+    @classmethod
+    def adopt(
+        cls, vm: paths.VmPaths, sockets: tuple[socket.socket, socket.socket], gate: socket.socket, pid: int, pidfd: int
+    ) -> NbdServer:
+        """An early server that is not our child; all that is given is the result's from here on."""
+        server = cls(vm, *sockets)
+        server._gate, server.pid, server.pidfd, server._adopted = gate, pid, pidfd, True
+        return server
+
     @property
     def sockets(self) -> tuple[socket.socket, socket.socket]:
         """The NBD and the control socket."""
@@ -216,9 +227,9 @@ class NbdServer:
             if self._gate is None:
                 self._spawn(output.fileno())
             else:
-                with self._gate as gate, contextlib.suppress(OSError):  # it has ended: wait_ready says why
-                    socket.send_fds(gate, [b"\n"], [output.fileno()])
-                self._gate = None
+                with contextlib.suppress(OSError):  # it has ended: wait_ready says why
+                    socket.send_fds(self._gate, [b"\n"], [output.fileno()])
+                self._gate, self._leash = None, self._gate
         logger.info("nbdkit started", extra={"fields": {"vm": self.vm.name, "pid": self.pid}})
 
     def discard(self) -> None:
@@ -234,26 +245,14 @@ class NbdServer:
             mine.close()
 
     def _spawn(self, output: int, more: Sequence[int] = ()) -> None:
-        notes = paths.private_directory(self.vm.run.parent.parent)  # the same for every home
-        program = probe(notes)
-        check_interpreter(program)
-        command = self._command(program)
+        command = serving(self.vm.run.parent, self._plugin)
+        command += [f"home={self.vm.root.parent.parent}", f"vm={self.vm.name}", "control_fd=4"]
         if more:
             command.append("start_fd=5")
         with open(os.devnull, "rb") as null:
             sources = [null.fileno(), output, output, self._nbd.fileno(), self._control.fileno(), *more]
             self.pid = spawn(command, sources)
-        self.pidfd = os.pidfd_open(self.pid)
-
-    def _command(self, program: Program) -> list[str]:
-        fast = fast_path(program)
-        return [
-            program.path, "--exit-with-parent", "--foreground", "--log=stderr", *program.options,
-            *([] if fast is None else [f"--filter={fast}"]),
-            "python", str(self._plugin), f"home={self.vm.root.parent.parent}", f"vm={self.vm.name}",
-            f"python={sys.executable}", f"site={sysconfig.get_path('purelib')}", "control_fd=4",
-            *([] if fast is None else [f"fast={fast}"]),
-        ]  # fmt: skip
+        self.pidfd, self._adopted = os.pidfd_open(self.pid), False
 
     def wait_ready(self, deadline: float = READY_SECONDS, interrupt: int | None = None) -> messages.Welcome:
         """Wait until the control server answers hello.
@@ -285,11 +284,16 @@ class NbdServer:
             said = os.pread(self._early_words, _TAIL, 0)
         return failure(said, path, f"the disk server of VM {self.vm.name}")
 
-    def reap(self) -> int:
-        """Collect an ended nbdkit; returns its wait status."""
-        _, status = os.waitpid(self.pid, 0)
+    def reap(self) -> int | None:
+        """Wait for an ending nbdkit and collect it; returns its wait status, None of one that is not our child."""
+        if self._adopted:
+            wait_for([self.pidfd], KILL_SECONDS)
+        status = None if self._adopted else os.waitpid(self.pid, 0)[1]
         os.close(self.pidfd)
         self.pidfd = -1
+        if self._leash:
+            self._leash.close()
+            self._leash = None
         return status
 
     def stop(self, deadline: float = STOP_SECONDS) -> None:
@@ -334,6 +338,19 @@ def failure(said: bytes, path: Path, what: str) -> errors.BlkckptError:
             return told
     last = next((line for line in reversed(lines) if "error" in line), lines[-1] if lines else "it said nothing")
     return errors.BlkckptError(f"{what} ended: {last[:300]} (see {path})")
+
+
+def serving(run: Path, plugin: Path) -> list[str]:
+    """The beginning of nbdkit's command line with *plugin*, for any VM of the home whose run directory is *run*."""
+    program = probe(paths.private_directory(run.parent))  # the same for every home
+    check_interpreter(program)
+    fast = fast_path(program)
+    return [
+        program.path, "--exit-with-parent", "--foreground", "--log=stderr", *program.options,
+        *([] if fast is None else [f"--filter={fast}"]),
+        "python", str(plugin), f"python={sys.executable}", f"site={sysconfig.get_path('purelib')}",
+        *([] if fast is None else [f"fast={fast}"]),
+    ]  # fmt: skip
 
 
 def spawn(command: Sequence[str], descriptors: Sequence[int], *, session: bool = False) -> int:

@@ -15,15 +15,15 @@ is an answer, and no guest runs before it has its disks.
 
 While nbdkit is away QEMU's requests wait (``reconnect-delay``) and its new connection waits in the queue of the
 listening socket, which is ours and never closed.  A supervisor that is killed takes nbdkit along, cleanly
-(``--exit-with-parent``), but not QEMU: ``blkckpt serve`` gives such a guest its disks back, and a second
-``blkckpt run`` is refused as long as it lives, or two guests would write one disk.
+(``--exit-with-parent``, or a socket that ends), but not QEMU: ``blkckpt serve`` gives such a guest its disks back,
+and a second ``blkckpt run`` is refused as long as it lives, or two guests would write one disk.
 
 Detached, the supervisor is a fork of the command, in a session of its own: loading another interpreter would cost
 0.1 s of processor time while a restored guest waits.  It is told what to do through a pipe, two lines of JSON, and
 answers through another, one JSON object: ready, or the error it gave up with.  It can be started before there is
 anything to run (:class:`Detached`), and be told with the first line which VM it will be: then it starts nbdkit early
-(:mod:`blkckpt.agent.nbdserver`), which takes longer to load than a VM to make.  The second line is the order to run
-it.  Without one it ends, and nbdkit with it.
+(:mod:`blkckpt.agent.nbdserver`), which takes longer to load than a VM to make, or has a loaded one forked
+(:mod:`blkckpt.agent.template`).  The second line is the order to run it.  Without one it ends, and nbdkit with it.
 
 Nothing here sleeps: the loop waits for the pidfds of its children and for signals.
 """
@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from blkckpt import errors, lazy, log, paths
-from blkckpt.agent import forked, nbdserver, qemuargs, rundir
+from blkckpt.agent import forked, nbdserver, qemuargs, rundir, template
 from blkckpt.vm import definition
 
 if TYPE_CHECKING:
@@ -111,16 +111,18 @@ def start(vm: paths.VmPaths, machine: Machine | None, deadline: float = nbdserve
 class Detached:
     """A background process that will be the supervisor of the VM that :meth:`start` names.
 
-    It loads meanwhile.  Leave the context without calling :meth:`start` and it is ended.
+    It loads meanwhile.  Leave the context without calling :meth:`start` and it is ended.  Its disk server comes from
+    *source*, if there is one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, source: template.Template | None = None) -> None:
         self._ordered = self._reaped = False
         self._expected: paths.VmPaths | None = None
         receiver, sender = os.pipe2(os.O_CLOEXEC)
         orders, self._orders = os.pipe2(os.O_CLOEXEC)
         self._answers = os.fdopen(receiver, "rb")
-        self._pid = forked.fork(lambda: main(orders, sender), {orders, sender})
+        shared = {source.fileno()} if source else set()
+        self._pid = forked.fork(lambda: main(orders, sender, source), {orders, sender, *shared})
         os.close(orders)
         os.close(sender)
 
@@ -349,7 +351,8 @@ class _Supervisor:
         delay = BACKOFF[min(self._failures, len(BACKOFF) - 1)]
         self._failures += 1
         self._restart_at = time.monotonic() + delay
-        fields = {"vm": self._vm.name, "status": os.waitstatus_to_exitcode(status), "again_in": delay}
+        code = None if status is None else os.waitstatus_to_exitcode(status)
+        fields = {"vm": self._vm.name, "status": code, "again_in": delay}
         logger.error("nbdkit ended; the guest waits for it", extra={"fields": fields})
         self._run.record(self.running())
 
@@ -410,7 +413,7 @@ def _started(answer: bytes, vm: paths.VmPaths) -> rundir.Running:
     return running
 
 
-def main(orders: int, answers: int) -> int:
+def main(orders: int, answers: int, source: template.Template | None = None) -> int:
     """The detached supervisor: orders from one descriptor, one answer through the other."""
     with os.fdopen(orders, "rb") as lines, os.fdopen(answers, "wb") as pipe:
         expected = lines.readline()
@@ -421,7 +424,7 @@ def main(orders: int, answers: int) -> int:
         with contextlib.ExitStack() as stack:
             server = None
             with contextlib.suppress(errors.BlkckptError, OSError):  # said when there is an order and it fails again
-                server = nbdserver.NbdServer.early(vm)
+                server = source.server(vm) if source else nbdserver.NbdServer.early(vm)
                 stack.callback(server.discard)
             order = lines.readline()
             if not order:

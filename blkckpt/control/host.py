@@ -38,7 +38,7 @@ PARAMETERS: Final = {
     "python": "the interpreter that has blkckpt installed, for copy children",
     "site": "its site directory, put first on sys.path by the adapter",
     "control_fd": "the listening control socket, an inherited descriptor",
-    "start_fd": "a socket to wait on before the disks are opened, an inherited descriptor; may be left out",
+    "start_fd": "a socket to wait on before the disks are opened, and that ends with the launcher; may be left out",
     "fast": "the fast path that nbdkit has loaded as a filter, if it has",
 }
 
@@ -64,9 +64,13 @@ FILL_AFTER = 5.0
 begins with loading numpy (0.1 s of processor time), which is a fifth of what starting a machine costs."""
 
 
+STORE: Final = "blkckpt.store.store"
+"""Loaded only when there is a store to read: most VMs never need it here."""
+
+
 def open_image(image: api.ImageRef) -> api.Source:
-    """The bottom of a restored disk.  The store is loaded only when there is one: most VMs never need it here."""
-    store: Any = importlib.import_module("blkckpt.store.store")
+    """The bottom of a restored disk."""
+    store: Any = importlib.import_module(STORE)
     source: api.Source = store.Store.open(image.store).image(image.image, ahead=True)
     return source
 
@@ -83,7 +87,7 @@ class Host:
         self._fast = parameters.get("fast")
         self._listener = _inherited(parameters, "control_fd")
         self._gate = _inherited(parameters, "start_fd") if "start_fd" in parameters else None
-        self._quitter = quitter.Quitter(self._vm.nbd_socket, stop)
+        self._quitter = quitter.Quitter(self._vm.nbd_socket, stop, self._gate)
         self._group: group.DiskGroup | None = None
         self._service: service.Service | None = None
         self._server: server.Server | None = None
@@ -165,13 +169,15 @@ class Host:
 
 
 def _wait_for_word(gate: socket.socket) -> None:
-    """Until the launcher sends the log that we are to write to.  When it lets go instead, nobody needs us."""
+    """Until the launcher sends the log that we are to write to.  When it lets go instead, nobody needs us.
+
+    It does not let go of *gate* afterwards either, for as long as it lives.
+    """
     try:
         gate.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:  # there is time: a VM that is being restored will need it
-        importlib.import_module("blkckpt.store.store")
-    with gate:
-        word, descriptors, _, _ = socket.recv_fds(gate, 1, 1)
+        importlib.import_module(STORE)
+    word, descriptors, _, _ = socket.recv_fds(gate, 1, 1)
     if not word or not descriptors:
         os._exit(0)  # there is nobody to tell
     for standard in (1, 2):

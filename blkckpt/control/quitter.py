@@ -6,8 +6,8 @@ asks nbdkit to shut down and then shuts the *receiving* half of every NBD connec
 finished and answered, the next read finds the end of the stream, nbdkit closes the connection and, when all are
 closed, calls ``cleanup``.  It repeats that until then, for the connection that was just being accepted.
 
-The same thread watches the launcher.  When that dies, QEMU may live on, and the next launcher can serve it only
-after this process has let go of the disks (rule D12).
+The same thread watches the launcher: the socket that it keeps open, else the process that is our parent.  When that
+dies, QEMU may live on, and the next launcher can serve it only after this process has let go of the disks (rule D12).
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ logger = log.get(__name__)
 
 
 class Quitter:
-    """*shutdown* is nbdkit's, asynchronous; *address* is the NBD socket's path."""
+    """*shutdown* is nbdkit's, asynchronous; *address* is the NBD socket's path; *leash* ends with the launcher."""
 
-    def __init__(self, address: Path, shutdown: Callable[[], None]) -> None:
+    def __init__(self, address: Path, shutdown: Callable[[], None], leash: socket.socket | None = None) -> None:
         self._address = os.fspath(address)
         self._shutdown = shutdown
+        self._leash = leash
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="quitter", daemon=True)
@@ -69,7 +70,7 @@ class Quitter:
         """Until somebody calls :meth:`quit` or the launcher ends."""
         poller = select.poll()
         poller.register(self._wake, select.POLLIN)
-        launcher = os.pidfd_open(os.getppid())
+        launcher = os.dup(self._leash.fileno()) if self._leash else os.pidfd_open(os.getppid())
         try:
             poller.register(launcher, select.POLLIN)
             if all(descriptor != self._wake for descriptor, _ in poller.poll()):

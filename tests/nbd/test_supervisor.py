@@ -25,7 +25,7 @@ import nbd
 import pytest
 
 from blkckpt import errors, paths
-from blkckpt.agent import nbdserver, rundir, supervisor
+from blkckpt.agent import nbdserver, rundir, supervisor, template
 from blkckpt.control import client
 from blkckpt.disk import api, group
 from blkckpt.vm import definition
@@ -407,6 +407,82 @@ def test_an_early_server_of_a_vm_that_runs(vm: paths.VmPaths) -> None:
     pid = running.server.pid
     wait_until(lambda: _servers(vm) == [pid], "the other one has ended")
     assert supervisor.stop(vm)
+
+
+def _another(vm: paths.VmPaths) -> paths.VmPaths:
+    """A second VM beside *vm*, whose disk holds ones."""
+    made = paths.home(vm.root.parent.parent).vm("other")
+    base = vm.root.parent.parent.parent / "other.raw"
+    base.write_bytes(b"\1" * SIZE)
+    base.chmod(0o600)
+    os.utime(base, (1, 1))
+    defined = definition.create(made, [definition.disk("vda", base)])
+    group.DiskGroup.create(made, defined.id, [api.DiskSpec("vda", str(base), SIZE)])
+    return made
+
+
+def _first_byte(vm: paths.VmPaths) -> bytes:
+    handle = nbd.NBD()
+    handle.set_export_name("vda")
+    handle.connect_unix(str(vm.nbd_socket))
+    found = bytes(handle.pread(1, 0))
+    handle.shutdown()
+    return found
+
+
+def test_servers_forked_from_one(vm: paths.VmPaths) -> None:
+    """Each serves its own VM under its own name; it ends with its supervisor, and is started again like any other."""
+    other = _another(vm)
+    with template.Template(paths.home(vm.root.parent.parent)) as loaded, contextlib.ExitStack() as stack:
+        both = {one: stack.enter_context(supervisor.Detached(loaded)) for one in (vm, other)}
+        for one, detached in both.items():
+            detached.expect(one)
+        running = {one: detached.start(one, None) for one, detached in both.items()}
+    for one, said in running.items():
+        assert said.server is not None
+        assert _servers(one) == [said.server.pid]
+        assert os.getsid(said.server.pid) == os.getpgid(said.server.pid) == said.server.pid
+    assert [_first_byte(one) for one in (vm, other)] == [b"\0", b"\1"]
+
+    os.kill(running[vm].supervisor.pid, signal.SIGKILL)
+    wait_until(lambda: not _servers(vm), "the server has ended with its supervisor")
+    state = json.loads(vm.state.read_bytes())
+    assert state["clean"], "it was not stopped but killed"
+
+    before = running[other].server
+    assert before is not None
+    os.kill(before.pid, signal.SIGKILL)
+    wait_until(lambda: _servers(other) not in ([], [before.pid]), "another server is there")
+    assert _first_byte(other) == b"\1"
+    assert supervisor.stop(other)
+    assert not _servers(other)
+    assert_nothing_left(other, running[other])
+
+
+def test_a_template_that_fails(vm: paths.VmPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server is started as if there were none."""
+    monkeypatch.setattr(nbdserver, "serving", lambda run, plugin: ["/bin/false"])
+    loaded = template.Template(paths.home(vm.root.parent.parent))
+    monkeypatch.undo()
+    with loaded, supervisor.Detached(loaded) as detached:
+        running = detached.start(vm, None)
+    assert _first_byte(vm) == b"\0"
+    assert supervisor.stop(vm)
+    assert_nothing_left(vm, running)
+
+
+def test_a_template_of_whom_nobody_asks(vm: paths.VmPaths) -> None:
+    """It ends with its context, and with those who could still have asked."""
+    home = paths.home(vm.root.parent.parent)
+    absent = home.vm("absent")
+    with template.Template(home) as loaded, supervisor.Detached(loaded) as unasked:
+        with supervisor.Detached(loaded) as detached:
+            detached.expect(absent)
+            wait_until(lambda: bool(_servers(absent)), "the forked server is there")
+        wait_until(lambda: not _servers(absent), "it has ended with who expected it")
+        assert unasked
+    assert not absent.root.exists()
+    assert not absent.run.exists()
 
 
 def test_logs_are_private(vm: paths.VmPaths) -> None:
