@@ -172,6 +172,11 @@ class Table:
         """The directory as an array of ``ENTRY_TYPE``."""
         return np.frombuffer(self.directory, ENTRY_TYPE)
 
+    def filled(self, number: int) -> bool:
+        """Whether leaf *number* has data: its entry has a length."""
+        end = (number + 1) * ENTRY.size
+        return any(self.directory[end - 4 : end])
+
     def leaf(self, number: int) -> Entry:
         """Where leaf *number* is."""
         return unpack_entry(self.directory, number)
