@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from blkckpt import errors
-from blkckpt.exchange import bundle, inuse, pump
+from blkckpt.exchange import beside, bundle, inuse, pump
 from blkckpt.store import images, layout, manifest, marks, usage
 from blkckpt.store import store as stores
 
@@ -52,11 +52,13 @@ def pack(
     pinned = [image for one in (*ordered, *needed) for image in one.images()]
     with inuse.using(place, pinned, "bundle"):
         out = _Out(place, write)
-        out.begin()
+        extra = beside.Outgoing(place, ordered)
+        out.begin(bundle.VERSION if extra else bundle.PLAIN)
         needs = [bundle.Need(one.vm, one.name, one.id) for one in needed]
         out.record(bundle.NEEDS, bundle.encode_needs(needs))
         for one in ordered:
             out.record(bundle.MANIFEST, manifest.encode(one))
+        extra.send(out.record)
         count = _send_chunks(place, ordered, needed, out, progress)
         _send_images(place, ordered, needed, out)
         out.end()
@@ -93,8 +95,8 @@ class _Out:
         self._write(data)
         self.written += len(data)
 
-    def begin(self) -> None:
-        header = bundle.Header(self._place.info.id, self._place.info.hash_name, time.time_ns())
+    def begin(self, version: int) -> None:
+        header = bundle.Header(self._place.info.id, self._place.info.hash_name, time.time_ns(), version)
         data = bundle.encode_header(header)
         self._headers.update(data)
         self._put(data)
