@@ -2,7 +2,8 @@
 
 What is sent is worked out from tables and leaves: the places of all chunks of the chosen checkpoints, less those of
 the *bases*, checkpoints that the receiver has.  Chunks are then read pack by pack in the order in which they lie
-there, their hashes checked (rule X1), and sent as they are stored.  Memory: 8 bytes a chunk, and one pack's index.
+there, their hashes checked (rule X1), and sent as they are stored; all anew if packs are rewritten meanwhile and one
+is gone, which the receiver minds not.  Memory: 8 bytes a chunk, and one pack's index.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def pack(
         for one in ordered:
             out.record(bundle.MANIFEST, manifest.encode(one))
         extra.send(out.record)
-        count = _send_chunks(place, ordered, needed, out, progress)
+        count = images.following(place.packs, pinned, lambda: _send_chunks(place, ordered, needed, out, progress))
         _send_images(place, ordered, needed, out)
         out.end()
     return Packed(
@@ -212,6 +213,7 @@ def _send_image(
     described = bundle.Image(table.image_id, table.size, kind, table.label, base[0] if base else None)
     out.record(bundle.IMAGE, bundle.encode_image(described))
     below = images.load_table(place.packs, base[1]) if base else None
+    reader = images.ImageReader(place.packs, table)  # follows when packs are rewritten
     zeros = 0
     for leaf in range(layout.leaf_count(table.size)):
         if not table.leaf(leaf).raw:
@@ -219,7 +221,7 @@ def _send_image(
             continue
         _send_zeros(out, zeros)
         zeros = 0
-        column = bundle.hash_column(images.read_leaf(place.packs, table, leaf))
+        column = bundle.hash_column(reader.entries(leaf))
         if below is not None and below.leaf(leaf).hash == table.leaf(leaf).hash:
             out.record(bundle.SAME, place.packs.codec.digest(column))
         else:

@@ -14,7 +14,7 @@ import pytest
 
 from blkckpt import errors
 from blkckpt.exchange import beside, bundle, inuse, packing, unpacking
-from blkckpt.store import check, evidence, labels, layout, manifest, store
+from blkckpt.store import check, evidence, images, labels, layout, manifest, packs, store
 
 CHUNK = layout.CHUNK
 SIZE = (2 * layout.LEAF + 5) * CHUNK + 123
@@ -344,3 +344,32 @@ def test_what_cannot_be_beside_is_refused(tmp_path: Path, wrong: str) -> None:
 
     with pytest.raises(errors.CorruptError, match="the bundle"):
         beside.Incoming(wanted, {ours}, tmp_path)
+
+
+@pytest.mark.parametrize("where", ["read_leaf", "payloads", "images"])
+def test_packs_that_move_while_it_is_made(
+    near: store.Store, far: store.Store, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A collection with repacking between two leaves, two packs, two images: what arrives is whole."""
+    made = history(near)
+    of = {"read_leaf": images, "payloads": packs.Packs, "images": packing}[where]
+    name = {"read_leaf": "read_leaf", "payloads": "payloads", "images": "_send_image"}[where]
+    real, left = getattr(of, name), 2
+
+    with store.Store.open(near.path) as other, monkeypatch.context() as patch:
+
+        def meanwhile(*arguments: object) -> object:
+            nonlocal left
+            left -= 1
+            if left >= 0:
+                patch.undo()
+                other.collect(repack=-1)
+                patch.setattr(of, name, meanwhile)
+            return real(*arguments)
+
+        patch.setattr(of, name, meanwhile)
+        data = pack(near, made)
+    assert left < 0
+    unpack(far, data)
+    for one in made:
+        same(near, one, far, "web", one.name)
