@@ -155,14 +155,17 @@ def extents(descriptor: int) -> Iterator[tuple[int, int]]:
 
 
 def _read_up_to(descriptor: int, limit: int) -> bytes | None:
-    """The whole file, None if it is longer than *limit*; room is made for what it has, not for what it may have."""
+    """The whole file, None if it is longer than *limit*; room is made for what it has, not for what it may have.
+
+    One that gives just its length when a byte more is asked for has been read to its end.
+    """
     expected = os.fstat(descriptor).st_size
     data = b""
     while max(expected, len(data)) <= limit:
         more = os.read(descriptor, max(expected - len(data), 0) + 1)
-        if not more:
+        data = data + more if data else more
+        if not more or len(data) == expected:
             return data
-        data += more
     return None
 
 

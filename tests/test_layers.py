@@ -37,7 +37,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"view.extract", "view.heatmap"}),
     frozenset({
         "store.backend", "store.codec", "store.index", "store.leaves", "store.lock", "store.reference",
-        "store.lowly", "exchange.bundle",
+        "store.lowly",
     }),
     frozenset({
         "disk.fileio", "disk.claim", "disk.epoch", "disk.job", "control.server", "control.client", "control.quitter",
@@ -55,7 +55,8 @@ RANKS: tuple[frozenset[str], ...] = (
     }),
     frozenset({"view.starting", "agent.template"}),
     frozenset({
-        "store.compare", "store.frozen", "store.marks", "store.writer", "memory.apart", "exchange.pump", "agent.early",
+        "store.compare", "store.frozen", "store.marks", "store.writer", "memory.apart", "exchange.bundle",
+        "exchange.pump", "agent.early",
     }),
     frozenset({"disk.chain", "store.repack"}),
     frozenset({"store.collect", "disk.stack"}),
@@ -69,7 +70,7 @@ RANKS: tuple[frozenset[str], ...] = (
     }),
     frozenset({
         "disk.disk", "disk.statefile", "memory.receive", "agent.forget", "agent.checkpoint", "exchange.inuse",
-        "view.content", "view.elf", "view.held",
+        "exchange.beside", "view.content", "view.elf", "view.held",
     }),
     frozenset({"view.layers"}),
     frozenset({

@@ -58,6 +58,9 @@ def command(
 
     Chunks are sent compressed, each once. With --since or --have only what the other side lacks; it checks that it
     has the rest, by the checkpoints' ids and every chunk's hash.
+
+    Tags, notes, the screen's picture and the outcome of `verify --boot` go along. Pins do not: what the other side
+    keeps is for it to say; and what it says of checkpoints that it has already stays as it is there.
     """
     if path == "-" and (as_json or sys.stdout.isatty()):
         raise errors.InputError("-o - writes the bundle to standard output: redirect that, without --json")

@@ -20,6 +20,7 @@ Data flow::
 ``qemuimg``    qemu-img: what a file is, conversions with progress
 ``inward``     a file becomes a VM's disk or a checkpoint
 ``bundle``     the format of a bundle.  Pure
+``beside``     labels, evidence and pictures, which travel with their checkpoints
 ``packing``    checkpoints to a bundle, without what the other side has
 ``unpacking``  a bundle to checkpoints
 =============  ===================================================================================================

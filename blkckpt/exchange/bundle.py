@@ -7,7 +7,7 @@ A bundle is written and read from front to back once, so it can be a file or a p
 
     header                                        record header
     0   8  magic "BLKCBNDL"                       0   4  magic "BCBR"
-    8   4  version (1)                            4   1  kind
+    8   4  version (1 or 2)                       4   1  kind
     12  4  incompatible features                  5   3  reserved
     16 16  id of the store it was made from       8   4  stored length
     32  8  name of the hash ("blake3", zeros)     12  4  raw length
@@ -26,8 +26,13 @@ in the order in which they come::
     5  LEAF      the hashes of its chunks, 32 bytes each; zeros for a zero chunk
     6  ZEROS     a count (4 bytes): so many leaves of zero chunks only
     7  SAME      32 bytes: the hash of what LEAF would hold; it is as the same leaf of the base
+    9  LABELS    version 2, before the first CHUNK: at most one a MANIFEST: labels as in the store, not pinned
+    10 EVIDENCE  version 2, then: at most one a MANIFEST: evidence as in the store; if it has a screen, there follows
+    11 SCREEN    the picture, a PNG
     8  END       sealed JSON: ``records`` (number before it), ``digest`` (hash of all headers before it, the file's
                  included)
+
+Version 1 has none of the kinds from 9 on; a bundle with nothing of them is still written so, for older readers.
 
 "Sealed" is as in :mod:`blkckpt.store.manifest`.  Only CHUNK is ever compressed.  A *part* is ``disk/NAME``,
 ``memory/BLOCK`` or ``state``.  A base is a checkpoint that NEEDS names, or one of an earlier MANIFEST.
@@ -48,14 +53,17 @@ from typing import Any, TypeVar
 import numpy as np
 
 from blkckpt import errors, units
-from blkckpt.store import layout, manifest
+from blkckpt.store import evidence, layout, manifest
 
-VERSION = 1
+VERSION = 2
+PLAIN = 1
+"""The version without what is beside checkpoints."""
+
 HEADER = struct.Struct("<8sII16s8sQ12xI")
 RECORD = struct.Struct("<4sB3xII32sI")
 MAGIC, RECORD_MAGIC = b"BLKCBNDL", b"BCBR"
 
-NEEDS, MANIFEST, CHUNK, IMAGE, LEAF, ZEROS, SAME, END = range(1, 9)
+NEEDS, MANIFEST, CHUNK, IMAGE, LEAF, ZEROS, SAME, END, LABELS, EVIDENCE, SCREEN = range(1, 12)
 LIMITS = {
     NEEDS: manifest.MAX_SIZE,
     MANIFEST: manifest.MAX_SIZE,
@@ -65,6 +73,9 @@ LIMITS = {
     ZEROS: 4,
     SAME: layout.HASH,
     END: 64 << 10,
+    LABELS: manifest.MAX_SIZE,
+    EVIDENCE: manifest.MAX_SIZE,
+    SCREEN: evidence.MAX_SCREEN,
 }
 """The longest payload of each kind, raw."""
 
@@ -81,6 +92,7 @@ class Header:
     store_id: bytes
     hash_name: str
     created_ns: int
+    version: int = PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +134,9 @@ class Image:
 
 
 def encode_header(header: Header) -> bytes:
-    body = HEADER.pack(MAGIC, VERSION, 0, header.store_id, header.hash_name.encode(), header.created_ns, 0)[:-4]
+    body = HEADER.pack(
+        MAGIC, header.version, 0, header.store_id, header.hash_name.encode(), header.created_ns, 0
+    )[:-4]  # fmt: skip
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
@@ -133,11 +147,11 @@ def decode_header(data: bytes) -> Header:
     _, version, features, store_id, name, created, crc = HEADER.unpack(data)
     if zlib.crc32(data[:-4]) != crc:
         raise errors.CorruptError("the bundle's header is damaged")
-    if version != VERSION or features:
+    if not PLAIN <= version <= VERSION or features:
         raise errors.CorruptError(
             f"the bundle was written by a newer blkckpt (version {version}, features {features:#x}); upgrade blkckpt"
         )
-    return Header(store_id, name.rstrip(b"\0").decode(errors="replace"), created)
+    return Header(store_id, name.rstrip(b"\0").decode(errors="replace"), created, version)
 
 
 def encode_record(record: Record) -> bytes:

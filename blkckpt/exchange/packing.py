@@ -2,7 +2,8 @@
 
 What is sent is worked out from tables and leaves: the places of all chunks of the chosen checkpoints, less those of
 the *bases*, checkpoints that the receiver has.  Chunks are then read pack by pack in the order in which they lie
-there, their hashes checked (rule X1), and sent as they are stored.  Memory: 8 bytes a chunk, and one pack's index.
+there, their hashes checked (rule X1), and sent as they are stored; all anew if packs are rewritten meanwhile and one
+is gone, which the receiver minds not.  Memory: 8 bytes a chunk, and one pack's index.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from blkckpt import errors
-from blkckpt.exchange import bundle, inuse, pump
+from blkckpt.exchange import beside, bundle, inuse, pump
 from blkckpt.store import images, layout, manifest, marks, usage
 from blkckpt.store import store as stores
 
@@ -52,12 +53,14 @@ def pack(
     pinned = [image for one in (*ordered, *needed) for image in one.images()]
     with inuse.using(place, pinned, "bundle"):
         out = _Out(place, write)
-        out.begin()
+        extra = beside.Outgoing(place, ordered)
+        out.begin(bundle.VERSION if extra else bundle.PLAIN)
         needs = [bundle.Need(one.vm, one.name, one.id) for one in needed]
         out.record(bundle.NEEDS, bundle.encode_needs(needs))
         for one in ordered:
             out.record(bundle.MANIFEST, manifest.encode(one))
-        count = _send_chunks(place, ordered, needed, out, progress)
+        extra.send(out.record)
+        count = images.following(place.packs, pinned, lambda: _send_chunks(place, ordered, needed, out, progress))
         _send_images(place, ordered, needed, out)
         out.end()
     return Packed(
@@ -93,8 +96,8 @@ class _Out:
         self._write(data)
         self.written += len(data)
 
-    def begin(self) -> None:
-        header = bundle.Header(self._place.info.id, self._place.info.hash_name, time.time_ns())
+    def begin(self, version: int) -> None:
+        header = bundle.Header(self._place.info.id, self._place.info.hash_name, time.time_ns(), version)
         data = bundle.encode_header(header)
         self._headers.update(data)
         self._put(data)
@@ -210,6 +213,7 @@ def _send_image(
     described = bundle.Image(table.image_id, table.size, kind, table.label, base[0] if base else None)
     out.record(bundle.IMAGE, bundle.encode_image(described))
     below = images.load_table(place.packs, base[1]) if base else None
+    reader = images.ImageReader(place.packs, table)  # follows when packs are rewritten
     zeros = 0
     for leaf in range(layout.leaf_count(table.size)):
         if not table.leaf(leaf).raw:
@@ -217,7 +221,7 @@ def _send_image(
             continue
         _send_zeros(out, zeros)
         zeros = 0
-        column = bundle.hash_column(images.read_leaf(place.packs, table, leaf))
+        column = bundle.hash_column(reader.entries(leaf))
         if below is not None and below.leaf(leaf).hash == table.leaf(leaf).hash:
             out.record(bundle.SAME, place.packs.codec.digest(column))
         else:

@@ -3,12 +3,14 @@
 Steps, in the order of the records::
 
     needs, manifests    checked against this store: what is needed is here, no name is taken   (writes nothing)
+    labels, evidence    checked, pictures set aside
     chunks              hash checked; those the index knows are dropped, the rest goes to packs
     images              leaves are put together from the places of their chunks; packs are sealed
     end                 counts and digest; then image tables, then manifests
 
-Write order (rules S1, S2): packs, then tables, then manifests; the store is held throughout, so no collection takes
-what no manifest names yet.  Images get new ids: nothing of the sender's naming is trusted or can collide.
+Write order (rules S1, S2): packs, then tables, then manifests, each after what is beside it
+(:mod:`blkckpt.exchange.beside`); the store is held throughout, so no collection takes what no manifest names yet.
+Images get new ids: nothing of the sender's naming is trusted or can collide.
 
 Crash windows.  Before the first manifest: packs, and perhaps tables, that no manifest names.  Repeating the command
 finds the chunks of sealed packs in the index and does not store them again, unless a collection came between.  Between
@@ -30,7 +32,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from blkckpt import errors
-from blkckpt.exchange import bundle, pump
+from blkckpt.exchange import beside, bundle, pump
 from blkckpt.store import codec, images, layout, manifest, packs
 from blkckpt.store import store as stores
 
@@ -77,15 +79,17 @@ def unpack(place: stores.Store, read: Read, rename: Rename, progress: Progress) 
         if not wanted:
             source.drain()
             return Unpacked((), tuple(f"{one.vm}@{one.name}" for one in present), 0, 0)
-        with _Packer(place) as packer:
+        ids_here = {one.id for one in source.manifests}
+        with beside.Incoming(source.wanted, ids_here, place.path) as extra, _Packer(place) as packer:
             chunks = _take_chunks(source, packer)
             packer.seal()
             built = _take_images(place, source, packer, [*needed, *source.manifests])
             source.check_end()
             packer.seal()
             ids = _publish_tables(place, built, wanted)
-        for one in wanted:
-            place.put_manifest(with_images(one, ids))
+            for one in wanted:
+                seen = extra.evidence(one), extra.picture(one)
+                place.put_manifest(with_images(one, ids), extra.labels(one), seen)
         return Unpacked(
             tuple(f"{one.vm}@{one.name}" for one in wanted),
             tuple(f"{one.vm}@{one.name}" for one in present),

@@ -86,6 +86,8 @@ def decode(data: bytes, what: str) -> tuple[Evidence, str]:
 def load(where: backend.Backend, vm: str, name: str, checkpoint_id: str) -> Evidence:
     """What is known of a checkpoint; nothing if there is no object, one of another id, or one that cannot be read."""
     place = key(vm, name)
+    if not where.exists(place):  # as a rule; to find out by an error takes ten times as long
+        return NONE
     try:
         size = where.size(place)
         if size > manifest.MAX_SIZE:
@@ -99,9 +101,21 @@ def load(where: backend.Backend, vm: str, name: str, checkpoint_id: str) -> Evid
 def picture(where: backend.Backend, vm: str, name: str, screen: Screen) -> bytes:
     """The picture of *screen*; NotFoundError, or CorruptError if it is another one."""
     data = where.get(key(vm, name, "png"), 0, screen.size)
-    if hashlib.sha256(data).hexdigest() != screen.sha256:
+    if not is_of(data, screen):
         raise errors.CorruptError(f"the picture of {vm}@{name} is not the one that was taken")
     return data
+
+
+def is_of(data: bytes, screen: Screen) -> bool:
+    """Whether *data* is the picture that *screen* tells of."""
+    return len(data) == screen.size and hashlib.sha256(data).hexdigest() == screen.sha256
+
+
+def put(where: backend.Backend, m: manifest.Manifest, found: Evidence, png: bytes | None) -> None:
+    """Store what was seen of *m* elsewhere, the picture first; the caller holds the lock of labels."""
+    if png is not None:
+        where.put(key(m.vm, m.name, "png"), png)
+    where.put(key(m.vm, m.name), encode(found, m.id))
 
 
 def add(
@@ -126,15 +140,19 @@ def remove(where: backend.Backend, vm: str, name: str) -> None:
         where.delete(key(vm, name, suffix))
 
 
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 1 << 63
+
+
 def _boot(body: Any) -> Boot:
     one = Boot(**body)
-    if not isinstance(one.alive, bool) or not isinstance(one.seconds, int | float) or not isinstance(one.when_ns, int):
+    if not isinstance(one.alive, bool) or not isinstance(one.seconds, int | float) or not _is_time(one.when_ns):
         raise TypeError("a boot that is none")
     return replace(one, sign=str(one.sign), message=str(one.message))
 
 
 def _screen(body: Any) -> Screen:
     one = Screen(**body)
-    if not isinstance(one.size, int) or not 0 < one.size <= MAX_SCREEN or not isinstance(one.when_ns, int):
+    if not isinstance(one.size, int) or not 0 < one.size <= MAX_SCREEN or not _is_time(one.when_ns):
         raise TypeError("a screen that is none")
     return replace(one, source=str(one.source), sha256=str(one.sha256))

@@ -83,6 +83,29 @@ def load_table(store: packs.Packs, image_id: str) -> layout.Table:
     return layout.decode_table(data, image_id, store.codec.digest)
 
 
+def following(store: packs.Packs, image_ids: Sequence[str], work: Callable[[], _T]) -> _T:
+    """What *work*, which goes by places in packs, gives: anew, when it finds a pack gone and an image is elsewhere now.
+
+    Raises what it raises when all are where they were before it, or one is gone.
+    """
+    while True:
+        before = _directories(store, image_ids)
+        try:
+            return work()
+        except (packs.MissingPackError, errors.NotFoundError):
+            if _directories(store, image_ids) == before:
+                raise
+
+
+def _directories(store: packs.Packs, image_ids: Sequence[str]) -> dict[str, bytes]:
+    """What is different when an image has been moved, of each that is not retained."""
+    found = {}
+    for image in image_ids:
+        with contextlib.suppress(references.RetainedError):
+            found[image] = store.codec.digest(load_table(store, image).directory)
+    return found
+
+
 def read_leaf(store: packs.Packs, table: layout.Table, leaf: int) -> layout.Array:
     """The checked entries of leaf number *leaf*, an array of ``layout.ENTRY_TYPE``."""
     return np.frombuffer(packed_leaf(store, table, leaf), layout.ENTRY_TYPE)

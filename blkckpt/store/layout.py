@@ -177,6 +177,11 @@ class Table:
         """The packs that hold the leaves."""
         return {pack for _, pack, _, _, raw in ENTRY.iter_unpack(self.directory) if raw}
 
+    def filled(self, number: int) -> bool:
+        """Whether leaf *number* has data: its entry has a length."""
+        end = (number + 1) * ENTRY.size
+        return any(self.directory[end - 4 : end])
+
     def leaf(self, number: int) -> Entry:
         """Where leaf *number* is."""
         return unpack_entry(self.directory, number)

@@ -16,8 +16,8 @@ sweep*: the victims are garbage.  In every case the next collection works it out
 
 Who may do what meanwhile.  No lock is held but the collection's own, so writers go on: what they reference in a
 victim keeps it, since the sweep marks again when they have finished.  Readers follow (:mod:`blkckpt.store.images`):
-who finds a pack gone reads the table again.  What goes by places alone (a bundle, an accounting) fails with a missing
-pack, and is to be repeated.  Only images that were marked are rewritten; a later one keeps its packs.
+who finds a pack gone reads the table again.  What goes by places alone (a bundle, an accounting) begins anew
+then.  Only images that were marked are rewritten; a later one keeps its packs.
 
 A victim in which a chunk is damaged, or missing, is left as it is and told: its bytes may still be of use.
 

@@ -182,8 +182,14 @@ class Store:
 
     # --- manifests
 
-    def put_manifest(self, m: manifest_format.Manifest, with_labels: label_format.Labels = label_format.NONE) -> None:
-        """Publish a checkpoint: the only commit point (rule S1).  It is never there without *with_labels*.
+    def put_manifest(
+        self,
+        m: manifest_format.Manifest,
+        with_labels: label_format.Labels = label_format.NONE,
+        seen: tuple[evidence_format.Evidence, bytes | None] = (evidence_format.NONE, None),
+    ) -> None:
+        """Publish a checkpoint: the only commit point (rule S1).  It is never there without *with_labels*, and what was
+        *seen* of it elsewhere, its picture too.
 
         Checks before that every image it names is there, with the right size (rule S2).  StateError if the VM has a
         checkpoint of this name.
@@ -194,8 +200,11 @@ class Store:
             for image_id, size in _sizes(m):
                 self._check_image(m, image_id, size)
             with self._labels_lock():
-                if with_labels != label_format.NONE and not self._backend.exists(key):
-                    self._backend.put(label_format.key(m.vm, m.name), label_format.encode(with_labels, m.id))
+                if not self._backend.exists(key):
+                    if with_labels != label_format.NONE:
+                        self._backend.put(label_format.key(m.vm, m.name), label_format.encode(with_labels, m.id))
+                    if seen[0] != evidence_format.NONE:
+                        evidence_format.put(self._backend, m, *seen)
                 try:
                     self._backend.put(key, data, exclusive=True)
                 except FileExistsError as error:

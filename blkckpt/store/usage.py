@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blkckpt import errors
-from blkckpt.store import images, layout, manifest, reference, store
+from blkckpt.store import images, layout, manifest, packs, reference, store
 
 Keys = npt.NDArray[np.uint64]
 Ids = npt.NDArray[np.int32]
@@ -98,8 +98,20 @@ class Places:
         return list(self._packs)
 
 
+class _MovedError(Exception):
+    """Packs were rewritten while images were looked at: what was found so far has other places now."""
+
+
 def measure(place: store.Store, progress: Progress | None = None) -> Report:
-    """Account for every checkpoint and pin of *place*."""
+    """Account for every checkpoint and pin of *place*; begins anew when packs that it needs are rewritten meanwhile."""
+    while True:
+        try:
+            return _measure(place, progress)
+        except _MovedError:
+            continue
+
+
+def _measure(place: store.Store, progress: Progress | None) -> Report:
     found, damaged = _manifests(place)
     pins = place.pins()
     wanted = list(dict.fromkeys(itertools.chain(*(one.images() for one in found), *pins.values())))
@@ -171,11 +183,19 @@ class _Table:
             place = entry.tobytes()[layout.HASH : layout.HASH + 16]
             number = self._known.get(place)
             if number is None:
-                number = self._read(entry, images.read_leaf(self._place.packs, table, leaf))
+                number = self._read(entry, self._leaf(table, leaf))
                 self._known[place] = number
             numbers.append(number)
         leaves, counts = np.unique(np.array(numbers, np.int64), return_counts=True)
         self.images[image] = _Image(table.size, leaves, counts)
+
+    def _leaf(self, table: layout.Table, leaf: int) -> layout.Array:
+        try:
+            return images.read_leaf(self._place.packs, table, leaf)
+        except packs.MissingPackError:
+            if images.load_table(self._place.packs, table.image_id).directory != table.directory:
+                raise _MovedError from None
+            raise
 
     def _read(self, own: layout.Array, entries: layout.Array) -> int:
         """Remember a leaf: its own payload first, then its chunks."""

@@ -13,7 +13,6 @@ Thread-safe.  Leaves (the entries of 512 chunks) are kept beside the chunks, as 
 from __future__ import annotations
 
 import contextlib
-import functools
 import queue
 import struct
 import threading
@@ -41,6 +40,9 @@ _WAIT = 60.0
 RAW = struct.Struct("<52xI")
 """The raw length in an entry: zero for a chunk of zeros.  (numpy would take longer to load than all of this does.)"""
 
+_WHOLE = layout.ENTRY.size - 2
+"""The byte of an entry that is one if the raw length is that of a whole chunk, 1 << 16, and else zero."""
+
 Wanted = tuple[layout.Entry, str]
 """An entry with data, and what to call it in an error."""
 
@@ -61,12 +63,6 @@ class _Batch:
     def wait(self) -> dict[bytes, bytes]:
         self._event.wait(_WAIT)
         return self.found
-
-
-@functools.lru_cache(8)
-def _raws(count: int) -> struct.Struct:
-    """The raw lengths in a leaf of *count* entries, all at once."""
-    return struct.Struct("<" + "52xI" * count)
 
 
 class Chunks:
@@ -220,10 +216,10 @@ class Chunks:
         return data
 
     def _count(self, store: packs.Packs, table: layout.Table, number: int) -> int:
-        """The bytes in use of a leaf."""
-        count = layout.leaf_entries(table.size, number)
-        total: int = sum(_raws(count).unpack(self.leaf(store, table, number)))
-        return min(total, count * layout.CHUNK)
+        """The bytes in use of a leaf: its whole chunks, and what the last one has of it."""
+        entries = self.leaf(store, table, number)
+        (last,) = RAW.unpack_from(entries, len(entries) - layout.ENTRY.size)
+        return entries[_WHOLE :: layout.ENTRY.size].count(1) * layout.CHUNK + (last if last < layout.CHUNK else 0)
 
     def used(self, store: packs.Packs, table: layout.Table, numbers: Iterable[int]) -> int:
         """The bytes of non-zero chunks of these leaves (which have data)."""

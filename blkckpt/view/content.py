@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -182,7 +182,7 @@ class Image:
         while first < end:
             leaf = first // layout.LEAF
             base, stop = leaf * layout.LEAF, min(end, (leaf + 1) * layout.LEAF)
-            if table.leaf(leaf).raw:
+            if table.filled(leaf):
                 packed = self._cache.leaf(self._store, table, leaf)
                 for number in range(first, stop):
                     length = layout.chunk_length(self.size, number)
@@ -192,10 +192,18 @@ class Image:
             first = stop
         return found
 
-    def digest(self, number: int) -> bytes | None:
-        """The hash of chunk *number*; None for zeros."""
-        entry = self._follow(lambda: self._entry(number))
-        return entry.hash if entry is not None else None
+    def holds(self, digests: Mapping[int, bytes | None]) -> bool:
+        """Whether each of these chunks has this hash; None for zeros."""
+        return self._follow(lambda: all(self._digest(number) == digest for number, digest in digests.items()))
+
+    def _digest(self, number: int) -> bytes | None:
+        leaf, index = divmod(number, layout.LEAF)
+        table = self._table
+        if not table.filled(leaf):
+            return None
+        place = index * layout.ENTRY.size
+        digest = self._cache.leaf(self._store, table, leaf)[place : place + layout.HASH]
+        return digest if digest != layout.ZERO.hash else None
 
     def once(self, number: int) -> tuple[bytes | None, bytes]:
         """The hash and the bytes of chunk *number*, which is kept no longer than it is if nobody else needs it."""
@@ -236,8 +244,8 @@ class Image:
 
     def used(self) -> int:
         def count() -> int:
-            filled = (number for number, (raw,) in enumerate(chunks.RAW.iter_unpack(self._table.directory)) if raw)
-            return self._cache.used(self._store, self._table, filled)
+            table = self._table
+            return self._cache.used(self._store, table, filter(table.filled, range(layout.leaf_count(table.size))))
 
         return self._follow(count)
 
@@ -256,7 +264,7 @@ class Image:
         for number in range(offset // _SPAN, layout.leaf_count(self.size)):
             base = number * _SPAN
             low = max(offset - base, 0) // layout.CHUNK
-            if not table.leaf(number).raw:
+            if not table.filled(number):
                 if not data:
                     return max(base, offset)
                 continue
@@ -440,4 +448,4 @@ class Glance:
 
     def holds_for(self, image: Image) -> bool:
         """Whether *image* is the same in every chunk that was needed."""
-        return image.size == self.size and all(image.digest(number) == seen for number, seen in self.seen.items())
+        return image.size == self.size and image.holds(self.seen)

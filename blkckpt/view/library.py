@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -67,11 +67,13 @@ class _Recent(Generic[_K, _V]):
         self._total = 0
 
     def get(self, key: _K) -> _V | None:
-        with self._lock:
-            value = self._found.get(key)
-            if value is not None:
-                self._found.move_to_end(key)
-            return value
+        value = self._found.get(key)
+        if value is not None:
+            try:
+                self._found.move_to_end(key)  # one operation under the interpreter's lock
+            except KeyError:  # dropped meanwhile by another thread
+                return value
+        return value
 
     def put(self, key: _K, value: _V) -> None:
         with self._lock:
@@ -121,6 +123,7 @@ class Library:
         self._find = find
         self._lock = threading.Lock()
         self._stores: dict[Path, stores.Store] = {}
+        self._places: tuple[stores.Store, ...] = ()
         self._looked = float("-inf")
         self._checkpoints: _Recent[str, tuple[tuple[int, ...], Checkpoint]] = _Recent(
             MANIFESTS, lambda value: len(value[1].data) * _DECODED
@@ -132,16 +135,20 @@ class Library:
         self._used: _Recent[tuple[str, str], int] = _Recent(FACTS)
         self._decoded: _Recent[tuple[str, str], dict[str, Any]] = _Recent(DECODED)
 
-    def places(self) -> list[stores.Store]:
+    def places(self) -> Sequence[stores.Store]:
         """The stores that are there now."""
+        if time.monotonic() - self._looked > STORES_SECONDS:
+            self._look_for_stores()
+        return self._places
+
+    def _look_for_stores(self) -> None:
         with self._lock:
-            if time.monotonic() - self._looked > STORES_SECONDS:
-                for path in self._find():
-                    if path not in self._stores:
-                        with contextlib.suppress(errors.NotFoundError):
-                            self._stores[path] = stores.Store.open(path)
-                self._looked = time.monotonic()
-            return list(self._stores.values())
+            for path in self._find():
+                if path not in self._stores:
+                    with contextlib.suppress(errors.NotFoundError):
+                        self._stores[path] = stores.Store.open(path)
+            self._places = tuple(self._stores.values())
+            self._looked = time.monotonic()
 
     def close(self) -> None:
         self.cache.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import io
 import random
 import zlib
@@ -11,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from blkckpt import errors
-from blkckpt.exchange import bundle, inuse, packing, unpacking
-from blkckpt.store import check, layout, manifest, store
+from blkckpt.exchange import beside, bundle, inuse, packing, unpacking
+from blkckpt.store import check, evidence, images, labels, layout, manifest, packs, store
 
 CHUNK = layout.CHUNK
 SIZE = (2 * layout.LEAF + 5) * CHUNK + 123
@@ -251,7 +253,7 @@ def test_other_hash_and_other_version(near: store.Store, tmp_path: Path) -> None
         pytest.raises(errors.InputError, match="hash"),
     ):
         unpack(place, data)
-    newer = bundle.HEADER.pack(bundle.MAGIC, 2, 0, bytes(16), b"blake3", 0, 0)[:-4]
+    newer = bundle.HEADER.pack(bundle.MAGIC, bundle.VERSION + 1, 0, bytes(16), b"blake3", 0, 0)[:-4]
     with pytest.raises(errors.CorruptError, match="newer"):
         bundle.decode_header(newer + zlib.crc32(newer).to_bytes(4, "little"))
 
@@ -264,3 +266,110 @@ def test_pins_of_dead_processes_go(near: store.Store) -> None:
         assert inuse.let_go(near) == 1
         assert len(near.pins()) == 2
     assert list(near.pins()) == ["someone"]
+
+
+PICTURE = evidence.PNG + b"pixels" * 1000
+
+
+def told(place: store.Store, made: list[manifest.Manifest]) -> None:
+    """Something beside the first two of *made*."""
+    place.relabel("web", "n0", lambda known: dataclasses.replace(known.tag(["golden"]).note(["a, b"]), pinned=True))
+    boot = evidence.Boot(alive=True, sign="network", seconds=1.5, when_ns=7)
+    place.add_evidence(made[0], boot=boot, png=PICTURE, source=evidence.AT_BOOT)
+    place.relabel("web", "n1", lambda known: dataclasses.replace(known, pinned=True))
+    place.add_evidence(made[1], boot=dataclasses.replace(boot, alive=False, message="no"), source=evidence.AT_BOOT)
+
+
+def test_what_is_beside_travels_but_for_pins(near: store.Store, far: store.Store) -> None:
+    made = history(near)
+    told(near, made)
+    unpack(far, pack(near, made), {("web", None): ("copy", None)})
+    there = [far.manifest("copy", one.name) for one in made]
+    assert far.labels(there[0]) == labels.Labels(("golden",), ("a, b",)) and far.labels(there[1]) == labels.NONE
+    assert [far.evidence(one) for one in there] == [near.evidence(one) for one in made]
+    assert far.picture(there[0]) == PICTURE and far.picture(there[1]) is None
+    assert not list(far.path.glob("tmp?*"))
+
+
+def test_what_is_beside_goes_with_an_increment_and_leaves_alone_what_is_there(
+    near: store.Store, far: store.Store
+) -> None:
+    made = history(near)
+    unpack(far, pack(near, made[:1]))
+    told(near, made)
+    unpack(far, pack(near, made, made[:1]))
+    assert far.labels(far.manifest("web", "n0")) == labels.NONE
+    found = far.evidence(far.manifest("web", "n1")).boot
+    assert found is not None and found.message == "no"
+
+
+def test_a_bundle_with_nothing_beside_is_the_older_version(near: store.Store, far: store.Store) -> None:
+    made = history(near)
+    plain = pack(near, made)
+    told(near, made)
+    versions = [bundle.decode_header(data[: bundle.HEADER.size]).version for data in (plain, pack(near, made))]
+    assert versions == [bundle.PLAIN, bundle.VERSION]
+    unpack(far, plain)
+
+
+def test_damage_beside_publishes_nothing(near: store.Store, far: store.Store) -> None:
+    made = history(near)[:2]
+    told(near, made)
+    data = bytearray(pack(near, made))
+    few = [place for place in offsets(data) if data[place[0] + 4] in (bundle.LABELS, bundle.EVIDENCE, bundle.SCREEN)]
+    for damage in (drop, double, exchange):
+        with pytest.raises(errors.CorruptError):
+            unpack(far, bytes(damage(bytearray(data), few, random.Random(0))))
+        assert far.names() == [] and not list(far.path.glob("evidence/*/*"))
+    unpack(far, bytes(data))
+
+
+@pytest.mark.parametrize("wrong", ["owner", "twice", "picture", "no picture", "no png"])
+def test_what_cannot_be_beside_is_refused(tmp_path: Path, wrong: str) -> None:
+    """A well-formed bundle of somebody else's making (rule X3)."""
+    screen = evidence.Screen(1, evidence.AT_BOOT, len(PICTURE), hashlib.sha256(PICTURE).hexdigest())
+    other = evidence.Screen(1, evidence.AT_BOOT, 3, hashlib.sha256(b"abc").hexdigest())
+    said, ours = labels.encode(labels.Labels(("a",)), "1" * 32), "1" * 32
+    records = {
+        "owner": [(bundle.LABELS, labels.encode(labels.Labels(("a",)), "2" * 32))],
+        "twice": [(bundle.LABELS, said), (bundle.LABELS, said)],
+        "picture": [(bundle.EVIDENCE, evidence.encode(evidence.Evidence(None, screen), ours)), (bundle.SCREEN, b"abc")],
+        "no picture": [(bundle.EVIDENCE, evidence.encode(evidence.Evidence(None, screen), ours))],
+        "no png": [(bundle.EVIDENCE, evidence.encode(evidence.Evidence(None, other), ours)), (bundle.SCREEN, b"abc")],
+    }[wrong]
+    waiting = [*records, (bundle.END, b"")]
+
+    def wanted(kind: int) -> bytes | None:
+        return waiting.pop(0)[1] if waiting[0][0] == kind else None
+
+    with pytest.raises(errors.CorruptError, match="the bundle"):
+        beside.Incoming(wanted, {ours}, tmp_path)
+
+
+@pytest.mark.parametrize("where", ["read_leaf", "payloads", "images"])
+def test_packs_that_move_while_it_is_made(
+    near: store.Store, far: store.Store, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A collection with repacking between two leaves, two packs, two images: what arrives is whole."""
+    made = history(near)
+    of = {"read_leaf": images, "payloads": packs.Packs, "images": packing}[where]
+    name = {"read_leaf": "read_leaf", "payloads": "payloads", "images": "_send_image"}[where]
+    real, left = getattr(of, name), 2
+
+    with store.Store.open(near.path) as other, monkeypatch.context() as patch:
+
+        def meanwhile(*arguments: object) -> object:
+            nonlocal left
+            left -= 1
+            if left >= 0:
+                patch.undo()
+                other.collect(repack=-1)
+                patch.setattr(of, name, meanwhile)
+            return real(*arguments)
+
+        patch.setattr(of, name, meanwhile)
+        data = pack(near, made)
+    assert left < 0
+    unpack(far, data)
+    for one in made:
+        same(near, one, far, "web", one.name)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from blkckpt import durable, errors
-from blkckpt.store import check, images, layout, repack, store
+from blkckpt.store import check, images, layout, repack, store, usage
 from tests.unit.test_store_collect import checkpoint, packs_of, publish, put, whole
 
 CHUNK = layout.CHUNK
@@ -420,3 +420,32 @@ def test_one_collection_at_a_time(target: store.Store, monkeypatch: pytest.Monke
     other.collect()
     check_all(target, kept)
     other.close()
+
+
+def collecting(place: store.Store, real: Callable[..., object]) -> Callable[..., object]:
+    """*real*, before whose first two calls every pack is rewritten."""
+    left = 2
+
+    def meanwhile(*arguments: object) -> object:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            place.collect(repack=ALL)
+        return real(*arguments)
+
+    return meanwhile
+
+
+def test_an_accounting_begins_anew_when_packs_move(target: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    half_dead(target)
+    with store.Store.open(target.path) as other, monkeypatch.context() as patch:
+        patch.setattr(usage._Table, "_leaf", collecting(other, usage._Table._leaf))
+        report = usage.measure(target)
+    assert report.damaged == () and report == usage.measure(target)
+
+
+def test_an_accounting_of_what_is_really_gone(target: store.Store) -> None:
+    checkpoint(target, "one", os.urandom(3 * CHUNK))
+    for pack in packs_of(target):
+        target.packs.delete(pack)
+    assert "missing from the store" in usage.measure(target).damaged[0]
