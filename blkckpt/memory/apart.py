@@ -42,8 +42,8 @@ _MESSAGE = 128 << 10
 """Longest message; a socket's buffer takes one, whatever the limits of this machine."""
 _RANGES = 2048
 """Runs of chunks in one message."""
-_EVERY = 0.1
-"""Seconds between messages that tell of progress alone."""
+_EVERY = 0.02
+"""Seconds between messages.  One after every read costs both processes and the feeder a tenth of their time more."""
 
 Completed = Callable[[assemble.Block, int, int], None]
 
@@ -195,9 +195,9 @@ class _Link:
             self._waiting.append([number, low, high])
 
     def tell(self) -> None:
-        """After every read: tell what is whole, if the socket has room."""
+        """After every read: tell what is whole, if it is time and the socket has room."""
         now = time.monotonic()
-        if self._waiting or now - self._told > _EVERY:
+        if now - self._told > _EVERY:
             self._told = now
             with contextlib.suppress(BlockingIOError):
                 self._send(socket.MSG_DONTWAIT)
