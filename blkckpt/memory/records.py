@@ -70,8 +70,13 @@ FOREIGN_COMMANDS = {
     1: "capability 'return-path' must be off",
     2: "capability 'return-path' must be off",
     10: "capability 'x-colo' must be off",
+    11: "its contents are of a QEMU newer than this program",
 }
 """Commands speak to a live destination; a checkpoint has none.  Those not listed belong to postcopy."""
+
+SWITCHOVER_START = bytes((0, 11, 0, 0))
+"""The one command that asks for no answer, ``MIG_CMD_SWITCHOVER_START`` (QEMU 10.0 and later) and its length: the
+machine has stopped.  Plain migrations have it, background snapshots do not, and QEMU loads a stream without it."""
 
 FOREIGN_CAPABILITIES = {"mapped-ram": "capability 'mapped-ram' must be off"}
 
@@ -246,6 +251,13 @@ def read_blocks(cursor: Cursor, total: int, configuration: Configuration) -> tup
     if not blocks:
         raise errors.ProtocolError("memory stream: the RAM block list is empty")
     return tuple(blocks.values())
+
+
+def read_command(cursor: Cursor) -> None:
+    """Pass over a command that says nothing to a checkpoint; ProtocolError for any other."""
+    word = cursor.take(len(SWITCHOVER_START))
+    if word != SWITCHOVER_START:
+        raise foreign_command(int.from_bytes(word[:2], "big"))
 
 
 def foreign_command(command: int) -> errors.ProtocolError:

@@ -11,14 +11,16 @@ States, and what ends them::
     sections ─ 0x07 configuration ─> sections
              ─ 0x01 ram ─> records       ─ 0x01 other ─> opaque
              ─ 0x02, 0x03 ─> records or opaque, by section id
+             ─ 0x08 the switchover begins ─> sections      (left out)
              ─ 0x04 ─> tail              (device state: nothing after it is looked into)
     records ─ end word, footer ─> sections
     opaque ─ footer and a believable next section ─> sections
     tail ─ end of the stream
 
 A live section that is not ``ram`` has no length.  Rule: it ends at the first ``0x7e`` and its own section id that are
-followed by what can only be a next section — a part or end of a section already begun, or a start or full with an id
-not used so far and a printable name.  Its bytes are kept verbatim; no more than :data:`MAX_OPAQUE` of them.
+followed by what can only be a next section — a part or end of a section already begun, a start or full with an id
+not used so far and a printable name, or the one command that is allowed.  Its bytes are kept verbatim; no more than
+:data:`MAX_OPAQUE` of them.
 
 Where the device state begins is known (the first full section), where it ends is the end of the stream; it is whole
 if it ends with the description's JSON of exactly the length stated, or with a section's footer and 0x00.
@@ -196,7 +198,8 @@ class Parser:
         if kind in (records.PART, records.END):
             return self._part(data, pos, cursor)
         if kind == records.COMMAND:
-            raise records.foreign_command(cursor.u16())
+            records.read_command(cursor)
+            return cursor.pos
         raise errors.ProtocolError(f"memory stream: section type {kind:#x} is not one of format 3")
 
     def _start(self, data: memoryview, pos: int, cursor: records.Cursor) -> int:
@@ -271,6 +274,8 @@ class Parser:
         kind = cursor.u8()
         if kind in (records.PART, records.END):
             return cursor.u32() in self._live_sections
+        if kind == records.COMMAND:
+            return cursor.take(len(records.SWITCHOVER_START)) == records.SWITCHOVER_START
         if kind not in (records.START, records.FULL):
             return False
         if cursor.u32() in self._live_sections:

@@ -10,7 +10,8 @@ and ``-object`` take a JSON object as well.
 What is parsed and rendered again is the same, byte for byte, except JSON's white space and key order of what was
 changed.
 
-Source: QEMU 7.2 ``qemu-options.def`` (which options have an argument), ``util/keyval.c``, ``util/qemu-option.c``.
+Source: QEMU 7.2 and 10.0, ``qemu-options.def`` (which options have an argument), ``util/keyval.c``,
+``util/qemu-option.c``.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from blkckpt import errors, units
 
 FLAGS = frozenset({
     "S", "alt-grab", "async-teardown", "audio-help", "ctrl-grab", "curses", "daemonize", "enable-fips", "enable-kvm",
-    "enable-sync-profile", "full-screen", "h", "help", "mem-prealloc", "no-acpi", "no-fd-bootchk", "no-frame",
-    "no-hpet", "no-kvm", "no-quit", "no-reboot", "no-shutdown", "no-user-config", "nodefaults", "nographic",
-    "old-param", "only-migratable", "portrait", "preconfig", "s", "sdl", "semihosting", "singlestep", "snapshot",
-    "usb", "version", "win2k-hack", "xen-attach", "xen-domid-restrict",
+    "enable-sync-profile", "full-screen", "h", "help", "jitdump", "mem-prealloc", "no-acpi", "no-fd-bootchk",
+    "no-frame", "no-hpet", "no-kvm", "no-quit", "no-reboot", "no-shutdown", "no-user-config", "nodefaults",
+    "nographic", "old-param", "only-migratable", "perfmap", "portrait", "preconfig", "s", "sdl", "semihosting",
+    "singlestep", "snapshot", "usb", "version", "win2k-hack", "xen-attach", "xen-domid-restrict",
 })  # fmt: skip
-"""Options without an argument, of every target and of older versions too."""
+"""Options without an argument, of every target and of every version from 2.x to 10.0."""
 
 DEFAULT_RAM = 128 << 20
 """Without ``-m``."""

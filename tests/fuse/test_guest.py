@@ -172,6 +172,8 @@ def test_memory_lies_where_qemu_puts_it(machine: str, size: int) -> None:
     command = ["qemu-system-x86_64", "-machine", machine, "-m", str(size), "-accel", "tcg", "-S", "-nodefaults",
                "-display", "none", "-monitor", "stdio"]  # fmt: skip
     text = subprocess.run(command, input="info mtree\nquit\n", capture_output=True, text=True, timeout=60).stdout
+    if not text:
+        pytest.skip(f"this QEMU has no {machine}")
     places = dict(re.findall(r"-([0-9a-f]{16}) \(.*alias ram-(below|above)-4g", text))
     low = next(int(end, 16) + 1 for end, which in places.items() if which == "below")
     limit = {"1G": 1 << 30, "2G": 2 << 30}.get(machine.rpartition("=")[2])

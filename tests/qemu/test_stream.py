@@ -266,6 +266,8 @@ def test_plain_migration_is_the_sources_memory(tmp_path: Path, name: str) -> Non
 
 def test_a_foreign_capability_is_named(tmp_path: Path) -> None:
     with qemu(tmp_path, MACHINES["pc"].command()) as source:
+        if "compress" not in {one["capability"] for one in source.do("query-migrate-capabilities")}:
+            pytest.skip("this QEMU compresses no pages")  # gone in 9.1
         source.capability("compress")
         time.sleep(0.3)
         error = receive(tmp_path, source)["error"]

@@ -69,6 +69,19 @@ def test_random_streams_cut_anywhere(
     assert result.zeros == sum(len(content) == 1 for _, _, content in flat)
 
 
+@pytest.mark.parametrize("sizes", [(), (1,) * 20_000])
+def test_the_beginning_of_the_switchover_is_left_out(sizes: tuple[int, ...]) -> None:
+    """As QEMU 10 sends it: after parts of RAM and of sections that have no length."""
+    start, opaque = b"\x08\0\x0b\0\0", rs.begin(3, "dirty-bitmap", 1) + b"bits" + rs.foot(3)
+    head = b"QEVM\0\0\0\x03" + rs.configuration() + opaque + rs.ram_start(BLOCKS)
+    writer = rs.Writer(BLOCKS)
+    first, last = (rs.ram_part(writer.records([(0, n, page(n))]), kind=2 + n) for n in (0, 1))
+    more = b"\x02" + struct.pack(">I", 3) + b"more" + rs.foot(3)
+    sink, result = rs.parse(head + first + more + start + last + rs.tail(), sizes)
+    assert sink.blocks == rs.memory(BLOCKS, [(0, 0, page(0)), (0, 1, page(1))])
+    assert (result.live, result.tail) == (more, rs.tail())
+
+
 def test_long_runs_come_out_as_few_events() -> None:
     blocks = [("pc.ram", 4000 * rs.PAGE)]
     content = page(1)
@@ -176,6 +189,7 @@ MALFORMED = {
     "unknown flag": (after_list(WORD(0x400) + bytes(30)), "flags 0x400"),
     "return path": (HEAD + b"\x08\0\x01\0\0" + bytes(9), "'return-path' must be off"),
     "postcopy": (HEAD + b"\x08\0\x03\0\x10" + bytes(30), "'postcopy-ram'"),
+    "switchover with contents": (HEAD + b"\x08\0\x0b\0\x01" + bytes(30), "newer than this program"),
     "no footer": (HEAD + rs.ram_start(BLOCKS)[:-5] + rs.tail(), "no footer"),
     "wrong footer": (HEAD + rs.ram_start(BLOCKS)[:-1] + b"\x09" + rs.tail(), "no footer"),
     "part of nothing": (HEAD + rs.ram_start(BLOCKS) + b"\x02\0\0\0\x05" + bytes(9), "never began"),
