@@ -33,7 +33,7 @@ import numpy as np
 
 from blkckpt import errors
 from blkckpt.exchange import beside, bundle, pump
-from blkckpt.store import codec, images, layout, manifest, packs
+from blkckpt.store import codec, images, layout, leaves, manifest, packs
 from blkckpt.store import store as stores
 
 BATCH = 64
@@ -64,11 +64,12 @@ class Unpacked:
 
 @dataclass(slots=True)
 class _Built:
-    """An image put together: its directory here, and the hash of each leaf's column, for SAME."""
+    """An image put together: its directory here, and of each leaf the hash of its column, for SAME, and its use."""
 
     image: bundle.Image
     directory: layout.Array
     columns: list[bytes] = field(default_factory=list)
+    used: list[int] = field(default_factory=list)
 
 
 def unpack(place: stores.Store, read: Read, rename: Rename, progress: Progress) -> Unpacked:
@@ -360,17 +361,19 @@ class _Base:
             return cls(place, images.load_table(place.packs, part[0]), None)
         raise errors.CorruptError(f"the bundle's image {image.image} refers to one that is not there")
 
-    def same(self, leaf: int, digest: bytes) -> bytes:
-        """The directory entry of *leaf*; CorruptError when its hashes are not those that *digest* is of."""
+    def same(self, leaf: int, digest: bytes) -> tuple[bytes, int]:
+        """The directory entry of *leaf* what is used of it; CorruptError when *digest* is not of its hashes."""
         if self.built is not None:
             found, entry = self.built.columns[leaf], self.built.directory[leaf : leaf + 1].tobytes()
+            used = self.built.used[leaf]
         else:
             assert self.table is not None
-            column = bundle.hash_column(images.read_leaf(self.place.packs, self.table, leaf))
-            found, entry = self.place.packs.codec.digest(column), layout.pack_entry(self.table.leaf(leaf))
+            entries = images.read_leaf(self.place.packs, self.table, leaf)
+            digested = self.place.packs.codec.digest(bundle.hash_column(entries))
+            found, entry, used = digested, layout.pack_entry(self.table.leaf(leaf)), int(entries["raw"].sum())
         if found != digest:
             raise errors.CorruptError("the checkpoint that the bundle builds on is another one here: its data differs")
-        return entry
+        return entry, used
 
 
 def _take_image(
@@ -386,21 +389,25 @@ def _take_image(
             if not 0 < zeros <= count - leaf:
                 raise errors.CorruptError(f"{what} has too many leaves")
             made.columns += [b""] * zeros
+            made.used += [0] * zeros
             continue
         if record.kind == bundle.SAME and base is not None and len(payload) == layout.HASH:
-            entry = base.same(leaf, payload)
+            entry, used = base.same(leaf, payload)
             made.columns.append(payload)
         elif record.kind == bundle.LEAF and len(payload) == layout.leaf_entries(image.size, leaf) * layout.HASH:
-            entry = _store_leaf(place, packer, image, leaf, payload)
+            entry, used = _store_leaf(place, packer, image, leaf, payload)
             made.columns.append(record.hash)
         else:
             raise errors.CorruptError(f"{what}: leaf {leaf} is missing or has the wrong length")
         made.directory[leaf : leaf + 1] = np.frombuffer(entry, layout.ENTRY_TYPE)
+        made.used.append(used)
     return made
 
 
-def _store_leaf(place: stores.Store, packer: _Packer, image: bundle.Image, leaf: int, column: bytes) -> bytes:
-    """The directory entry of a leaf with these hashes."""
+def _store_leaf(
+    place: stores.Store, packer: _Packer, image: bundle.Image, leaf: int, column: bytes
+) -> tuple[bytes, int]:
+    """The directory entry of a leaf with these hashes, and what is used of it."""
     hashes = [column[start : start + layout.HASH] for start in range(0, len(column), layout.HASH)]
     zero = bytes(layout.HASH)
     known = packer.lookup([digest for digest in dict.fromkeys(hashes) if digest != zero])
@@ -416,7 +423,7 @@ def _store_leaf(place: stores.Store, packer: _Packer, image: bundle.Image, leaf:
     data = b"".join(entries)
     digest = place.packs.codec.digest(data)
     packer.append([packs.NewChunk(digest, codec.compress(data), len(data), layout.LEAF_KIND)])
-    return layout.pack_entry(packer.lookup([digest])[digest])
+    return layout.pack_entry(packer.lookup([digest])[digest]), leaves.used(data)
 
 
 def _publish_tables(
@@ -428,8 +435,9 @@ def _publish_tables(
         made, new = built[image], secrets.token_hex(16)
         described = made.image
         table = layout.Table(
-            new, described.size, described.kind, described.label, None, time.time_ns(), made.directory.tobytes()
-        )
+            new, described.size, described.kind, described.label, None, time.time_ns(), made.directory.tobytes(),
+            used=sum(made.used),
+        )  # fmt: skip
         data = layout.encode_table(table, place.packs.codec.digest)
         place.packs.backend.put(layout.image_key(new), data, exclusive=True)
         ids[image] = new

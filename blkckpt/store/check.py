@@ -75,6 +75,8 @@ class _State:
     """What the passes gather."""
 
     users: dict[str, list[str]] = field(default_factory=dict)
+    said: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What is used of an image by the manifest of each checkpoint that says it."""
     tables: dict[str, layout.Table] = field(default_factory=dict)
     needs: dict[int, list[Needs]] = field(default_factory=dict)
     bad: dict[int, dict[int, str]] = field(default_factory=dict)
@@ -164,6 +166,9 @@ def _read_manifest(target: store.Store, vm: str, name: str, state: _State, *, gi
     state.checkpoints += 1
     for image in manifest.images():
         state.users.setdefault(image, []).append(f"{vm}@{name}")
+    for one in manifest.parts():
+        if one.used is not None:
+            state.said.setdefault(one.image, {})[f"{vm}@{name}"] = one.used
 
 
 def _read_pins(target: store.Store, state: _State) -> None:
@@ -191,14 +196,31 @@ def _read_image(target: store.Store, image: str, state: _State) -> None:
         state.problem(_where(image, state), error)
         return
     _need(table.leaves, state)
+    used, counted = 0, True
     for leaf in _leaves(table):
         try:
-            _need(images.read_leaf(target.packs, table, leaf), state)
+            entries = images.read_leaf(target.packs, table, leaf)
+            _need(entries, state)
+            used += int(entries["raw"].sum())
         except errors.BlkckptError as error:
             state.missing |= isinstance(error, packs.MissingPackError)
             chunk = leaf * layout.LEAF
             last = chunk + layout.leaf_entries(table.size, leaf) - 1
             state.problem(f"{_where(image, state)}, chunks {chunk} to {last} (leaf {leaf})", error)
+            counted = False
+    if counted:
+        _check_used(table, used, state)
+
+
+def _check_used(table: layout.Table, used: int, state: _State) -> None:
+    """What the table and the manifests say of an image that has *used* bytes in chunks that are not zero."""
+    if table.used not in (None, used):
+        state.problem(_where(table.image_id, state), f"its table says that {table.used} bytes are used, not {used}")
+    for owner, said in state.said.get(table.image_id, {}).items():
+        if said != used:
+            state.problem(
+                f"{owner}, image {table.image_id}", f"its manifest says that {said} bytes are used, not {used}"
+            )
 
 
 def _read_retained(target: store.Store, image: str, state: _State) -> None:

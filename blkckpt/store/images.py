@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from blkckpt import errors, lazy
-from blkckpt.store import layout, packs, readahead
+from blkckpt.store import layout, leaves, packs, readahead
 from blkckpt.store import reference as references
 
 if TYPE_CHECKING:
@@ -205,6 +205,13 @@ class ImageReader:
         if not 0 <= number < self.chunks:
             raise errors.InputError(f"image {self.image_id} has no chunk {number}")
         return self._get(range(number, number + 1))[0]
+
+    def used(self) -> int:
+        """The bytes of chunks that are not zero; counted, if the table does not say it (one from before it did)."""
+        table = self.table
+        if table.used is not None:
+            return table.used
+        return sum(leaves.used(self.leaf(leaf)) for leaf in range(layout.leaf_count(self.size)) if table.filled(leaf))
 
     def entries(self, leaf: int) -> layout.Array:
         """The entries of leaf number *leaf* (``layout.ENTRY_TYPE``), read-only."""

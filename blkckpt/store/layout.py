@@ -33,10 +33,13 @@ is corrupt.  ``raw`` is at most 64 KiB.
     12   4   incompatible features      80   1  kind: 1 disk, 2 memory, 3 stream
     16   8   size of the image          81   3  reserved
     24   4   chunk size (65536)         84   4  length of the label
-    28   4   entries a leaf (512)       88  40  reserved
-    32   8   number of leaves           128  …  label (UTF-8, at most 255 bytes)
-    40   8   created, ns since 1970      …  56n directory: one entry a leaf
+    28   4   entries a leaf (512)       88   8  used, see below
+    32   8   number of leaves            96  32  reserved
+    40   8   created, ns since 1970     128  …  label (UTF-8, at most 255 bytes)
+                                         …  56n directory: one entry a leaf
                                         end 32  checksum of everything before
+
+``used``: one more than the bytes of its chunks that are not zero; 0 if they have not been counted.
 
 **Entry** (of a directory, and of a leaf: an image of 4 TiB is a directory of 2**17 entries)::
 
@@ -101,7 +104,7 @@ ZERO_CHUNK = bytes(CHUNK)
 PACK_HEADER = struct.Struct("<8sIIQ16s20xI")
 ENTRY_HEADER = struct.Struct("<4sB3xII32s4xI")
 TRAILER = struct.Struct("<8sIIQQ")
-IMAGE_HEADER = struct.Struct("<8sIIQIIQQ16s16sB3xI40x")
+IMAGE_HEADER = struct.Struct("<8sIIQIIQQ16s16sB3xIQ32x")
 ENTRY = struct.Struct("<32sQQII")
 RECORD = struct.Struct("<32sQII")
 TRAILER_SIZE = TRAILER.size + HASH
@@ -149,7 +152,7 @@ class StoreInfo:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """An image table: the header and the directory, a packed entry for each leaf."""
+    """An image table: the header and the directory, a packed entry for each leaf; *used* None if not counted."""
 
     image_id: str
     size: int
@@ -158,6 +161,7 @@ class Table:
     parent: str | None
     created_ns: int
     directory: bytes
+    used: int | None = None
 
     @property
     def chunks(self) -> int:
@@ -354,7 +358,7 @@ def encode_table(table: Table, digest: Digest) -> bytes:
     header = IMAGE_HEADER.pack(
         IMAGE_MAGIC, VERSION, 0, table.size, CHUNK, LEAF, leaf_count(table.size), table.created_ns,
         bytes.fromhex(table.image_id), bytes.fromhex(table.parent) if table.parent else bytes(16),
-        IMAGE_KINDS[table.kind], len(label),
+        IMAGE_KINDS[table.kind], len(label), 0 if table.used is None else table.used + 1,
     )  # fmt: skip
     body = header + label + table.directory
     return body + digest(body)
@@ -365,12 +369,13 @@ def decode_table(data: bytes, image_id: str, digest: Digest) -> Table:
     what = f"image {image_id}"
     if len(data) < IMAGE_HEADER.size + HASH or data[:8] != IMAGE_MAGIC:
         raise errors.CorruptError(f"{what}: the file is not an image table")
-    (_, version, features, size, chunk, leaf, count, created, found, parent, kind, label_length) = IMAGE_HEADER.unpack(
-        data[: IMAGE_HEADER.size]
+    _, version, features, size, chunk, leaf, count, created, found, parent, kind, label_length, used = (
+        IMAGE_HEADER.unpack_from(data)
     )
     check_version(what, version, features)
     start = IMAGE_HEADER.size + label_length
-    if size > MAX_IMAGE or label_length > MAX_LABEL or (chunk, leaf) != (CHUNK, LEAF) or count != leaf_count(size):
+    fixed = (chunk, leaf, count) == (CHUNK, LEAF, leaf_count(size))
+    if size > MAX_IMAGE or used > size + 1 or label_length > MAX_LABEL or not fixed:
         raise errors.CorruptError(f"{what}: impossible header")
     if start + count * ENTRY.size + HASH != len(data):
         raise errors.CorruptError(f"{what}: the file has the wrong length ({len(data)} bytes)")
@@ -385,7 +390,8 @@ def decode_table(data: bytes, image_id: str, digest: Digest) -> Table:
     directory = data[start:-HASH]
     last = leaf_entries(size, count - 1) * ENTRY.size
     _check_entries(directory, LEAF * ENTRY.size, last, f"directory of {what}")
-    return Table(image_id, size, names[kind], label, parent.hex() if any(parent) else None, created, directory)
+    base, counted = parent.hex() if any(parent) else None, used - 1 if used else None
+    return Table(image_id, size, names[kind], label, base, created, directory, counted)
 
 
 def check_leaf(data: bytes, size: int, leaf: int, what: str) -> bytes:
@@ -409,11 +415,6 @@ def check_chosen(entries: Array, numbers: npt.NDArray[np.int64], size: int, what
     bad = _first_bad(entries, lengths)
     if bad is not None:
         raise errors.CorruptError(f"{what}: the entry of chunk {int(numbers[bad])} is impossible")
-
-
-def decode_leaf(data: bytes, size: int, leaf: int, what: str) -> Array:
-    """:func:`check_leaf` as an array of ``ENTRY_TYPE``."""
-    return np.frombuffer(check_leaf(data, size, leaf, what), ENTRY_TYPE)
 
 
 def _check_entries(data: bytes, length: int, last: int, what: str) -> None:

@@ -10,7 +10,6 @@ copy of the parent's, and what is never touched keeps the parent's directory ent
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING
@@ -19,18 +18,33 @@ from blkckpt import errors, lazy
 from blkckpt.store import layout
 
 if TYPE_CHECKING:
+    import tempfile
+
     import numpy as np
-else:
-    np = lazy.Module("numpy")
+else:  # whoever only counts what is used needs neither
+    np, tempfile = lazy.Module("numpy"), lazy.Module("tempfile")
 
 MAX_HELD = 2048
 """Leaves in memory: 56 MiB."""
 
 _SIZE = layout.ENTRY.size
 
+_WHOLE = _SIZE - 2
+"""The byte of an entry that is one if the raw length is that of a whole chunk, 1 << 16, and else zero."""
+
+
+def used(entries: bytes) -> int:
+    """The bytes of the chunks of a leaf that are not zero: the whole ones, and what the last one has of it."""
+    last = int.from_bytes(entries[-4:], "little")
+    return entries[_WHOLE::_SIZE].count(1) * layout.CHUNK + (last if last < layout.CHUNK else 0)
+
 
 class LeafTable:
-    """Entries by chunk number; each chunk is set at most once."""
+    """Entries by chunk number; each chunk is set at most once.
+
+    ``growth`` is how many bytes more than in the parent are in chunks that are not zero, in the leaves that have been
+    taken; ``emptied`` are leaves of the parent that have become zero as a whole.
+    """
 
     def __init__(self, size: int, directory: layout.Array | None, parent_leaf: Callable[[int], bytes] | None) -> None:
         """*directory* and *parent_leaf* (the bytes of a leaf of the parent) are given with a parent of this size."""
@@ -39,6 +53,8 @@ class LeafTable:
         self._held: OrderedDict[int, bytearray] = OrderedDict()
         self._missing: dict[int, int] = {}
         self._waiting: IO[bytes] | None = None
+        self.growth = 0
+        self.emptied: list[int] = []
         count = layout.leaf_count(size)
         self.directory = np.zeros(count, layout.ENTRY_TYPE) if directory is None else directory.copy()
 
@@ -56,6 +72,8 @@ class LeafTable:
             leaf, slot = divmod(first, layout.LEAF)
             step = min(end - first, layout.LEAF - slot)
             if step == layout.leaf_entries(self._size, leaf):
+                if self.directory["raw"][leaf]:
+                    self.emptied.append(leaf)
                 self.finish(leaf, layout.ZERO)
             else:
                 self._leaf(leaf)[slot * _SIZE : (slot + step) * _SIZE] = bytes(step * _SIZE)
@@ -71,7 +89,9 @@ class LeafTable:
     def take(self, leaf: int) -> bytes:
         """The bytes of a begun leaf, which the caller will ``finish``."""
         held = self._held.get(leaf)
-        return self._read(leaf) if held is None else bytes(held)
+        data = self._read(leaf) if held is None else bytes(held)
+        self.growth += used(data)
+        return data
 
     def finish(self, leaf: int, entry: layout.Entry) -> None:
         """Put *entry*, where the leaf is stored, into the directory and forget the leaf."""
@@ -100,12 +120,14 @@ class LeafTable:
         count = self._missing[leaf] = layout.leaf_entries(self._size, leaf)
         if self._parent_leaf is None or not self.directory["raw"][leaf]:
             return bytes(count * _SIZE)
-        return self._parent_leaf(leaf)
+        data = self._parent_leaf(leaf)
+        self.growth -= used(data)
+        return data
 
     def _put_aside(self, leaf: int, data: bytearray) -> None:
         try:
             if self._waiting is None:
-                self._waiting = tempfile.TemporaryFile(prefix="blkckpt-", buffering=0)  # noqa: SIM115  (closed by close)
+                self._waiting = tempfile.TemporaryFile(prefix="blkckpt-", buffering=0)
             os.pwrite(self._waiting.fileno(), data, leaf * layout.LEAF * _SIZE)
         except OSError as error:
             raise errors.from_os_error(error, "keeping the table of an image in a temporary file") from error

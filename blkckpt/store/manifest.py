@@ -7,6 +7,9 @@ newline, with two members of its own beside the fields of :class:`Manifest`:
   the disks' images are layers that the VM keeps (:mod:`blkckpt.store.reference`), until it is flattened.
 * ``checksum``: ``sha256:`` and the hex digest of the same object in canonical form without this member.
 
+What a disk or a RAM block has ``used`` may be missing (an older blkckpt wrote the manifest, or the disk is retained);
+nothing but a file's size in blocks is told from it.
+
 ``version`` is 1; a higher one is refused.  A field that the reader does not know is ignored (and covered by the
 checksum): whoever adds one that must not be ignored names it in ``requires``.  Every field is bounded and checked;
 whatever is wrong is a CorruptError naming the field.
@@ -19,7 +22,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -43,21 +46,27 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class DiskImage:
-    """One disk: the image of its bytes at the instant."""
+    """One disk: the image of its bytes at the instant.
+
+    ``used`` bytes of them are in chunks that are not zero; None if that has not been counted.  It goes without saying:
+    two that differ in nothing else are equal.
+    """
 
     name: str
     image: str
     size: int
+    used: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class RamBlock:
-    """One of QEMU's RAM blocks (``pc.ram``, ``/rom@etc/acpi/tables``)."""
+    """One of QEMU's RAM blocks (``pc.ram``, ``/rom@etc/acpi/tables``); ``used`` as a disk's."""
 
     name: str
     size: int
     page_size: int
     image: str
+    used: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +125,20 @@ class Manifest:
 
     def images(self) -> list[str]:
         """The ids of every image this checkpoint needs, each once."""
-        found = [disk.image for disk in self.disks]
-        if self.memory:
-            found += [block.image for block in self.memory.blocks] + [self.memory.skeleton]
-        return list(dict.fromkeys(found))
+        skeleton = [self.memory.skeleton] if self.memory else []
+        return list(dict.fromkeys([part.image for part in self.parts()] + skeleton))
+
+    def parts(self) -> list[DiskImage | RamBlock]:
+        """Disks and RAM blocks: all images but the skeleton."""
+        return [*self.disks, *(self.memory.blocks if self.memory else ())]
+
+    def counted(self, used: Mapping[str, int | None]) -> Manifest:
+        """The same with what is ``used`` of each image."""
+        disks = tuple(replace(disk, used=used[disk.image]) for disk in self.disks)
+        if self.memory is None:
+            return replace(self, disks=disks)
+        blocks = tuple(replace(block, used=used[block.image]) for block in self.memory.blocks)
+        return replace(self, disks=disks, memory=replace(self.memory, blocks=blocks))
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -132,7 +151,7 @@ def encode(manifest: Manifest) -> bytes:
         "id": manifest.id,
         "created_ns": manifest.created_ns,
         "parent": manifest.parent,
-        "disks": [{"name": d.name, "image": d.image, "size": d.size} for d in manifest.disks],
+        "disks": [{"name": d.name, "image": d.image, "size": d.size, **_used(d)} for d in manifest.disks],
         "memory": _encode_memory(manifest.memory),
         "machine": _encode_machine(manifest.machine),
         "consistency": manifest.consistency,
@@ -191,8 +210,14 @@ def _canonical(fields: Mapping[str, Any]) -> bytes:
 def _encode_memory(memory: MemoryImage | None) -> dict[str, Any] | None:
     if memory is None:
         return None
-    blocks = [{"name": b.name, "size": b.size, "page_size": b.page_size, "image": b.image} for b in memory.blocks]
+    blocks = [
+        {"name": b.name, "size": b.size, "page_size": b.page_size, "image": b.image, **_used(b)} for b in memory.blocks
+    ]
     return {"blocks": blocks, "skeleton": memory.skeleton, "skeleton_size": memory.skeleton_size}
+
+
+def _used(one: DiskImage | RamBlock) -> dict[str, int]:
+    return {} if one.used is None else {"used": one.used}
 
 
 def _encode_machine(machine: MachineInfo | None) -> dict[str, Any] | None:
@@ -233,7 +258,8 @@ def _manifest(reader: _Reader) -> Manifest:
 
 def _disk(value: Any, what: str) -> DiskImage:
     reader = _Reader(value, what)
-    return DiskImage(reader.name("name"), reader.image("image"), reader.integer("size", 0, MAX_BYTES))
+    size = reader.integer("size", 0, MAX_BYTES)
+    return DiskImage(reader.name("name"), reader.image("image"), size, reader.used(size))
 
 
 def _block(value: Any, what: str) -> RamBlock:
@@ -244,7 +270,8 @@ def _block(value: Any, what: str) -> RamBlock:
     name = reader.string("name", 255)
     if not name or not name.isprintable():
         raise reader.bad("name")
-    return RamBlock(name, reader.integer("size", 0, MAX_BYTES), page_size, reader.image("image"))
+    size = reader.integer("size", 0, MAX_BYTES)
+    return RamBlock(name, size, page_size, reader.image("image"), reader.used(size))
 
 
 def _memory(reader: _Reader) -> MemoryImage:
@@ -309,6 +336,9 @@ class _Reader:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise self.bad(key)
         return value
+
+    def used(self, size: int) -> int | None:
+        return None if self.get("used") is None else self.integer("used", 0, size)
 
     def string(self, key: str, limit: int) -> str:
         value = self.get(key)

@@ -191,14 +191,13 @@ class Store:
         """Publish a checkpoint: the only commit point (rule S1).  It is never there without *with_labels*, and what was
         *seen* of it elsewhere, its picture too.
 
-        Checks before that every image it names is there, with the right size (rule S2).  StateError if the VM has a
-        checkpoint of this name.
+        Checks before that every image it names is there, with the right size (rule S2), and notes what is used of each.
+        StateError if the VM has a checkpoint of this name.
         """
-        data = manifest_format.encode(m)
+        manifest_format.encode(m)
         key = _manifest_key(m.vm, m.name)
         with self.hold():
-            for image_id, size in _sizes(m):
-                self._check_image(m, image_id, size)
+            data = manifest_format.encode(self._checked(m))
             with self._labels_lock():
                 if not self._backend.exists(key):
                     if with_labels != label_format.NONE:
@@ -220,12 +219,11 @@ class Store:
         """
         there = self.manifest(m.vm, m.name)
         if there.retained and not m.retained:
-            for image_id, size in _sizes(m):
-                self._check_image(m, image_id, size)
-            there = dataclasses.replace(there, retained=False)
-        if dataclasses.replace(there, timings=m.timings, notes=m.notes) != m:
+            there = self._checked(dataclasses.replace(there, retained=False))
+        amended = dataclasses.replace(there, timings=m.timings, notes=m.notes)
+        if amended != m:
             raise errors.StateError(f"{m.vm}@{m.name} is another checkpoint now; it is left as it is")
-        self._backend.put(_manifest_key(m.vm, m.name), manifest_format.encode(m))
+        self._backend.put(_manifest_key(m.vm, m.name), manifest_format.encode(amended))
 
     def manifest(self, vm: str, name: str) -> manifest_format.Manifest:
         """The manifest of checkpoint *name* of *vm*."""
@@ -437,7 +435,12 @@ class Store:
             self._hold = None
             self._reconciled = False
 
-    def _check_image(self, m: manifest_format.Manifest, image_id: str, size: int) -> None:
+    def _checked(self, m: manifest_format.Manifest) -> manifest_format.Manifest:
+        """*m* with what is used of each of its images, all of which are there, with the right size (rule S2)."""
+        return m.counted({image_id: self._check_image(m, image_id, size) for image_id, size in _sizes(m)})
+
+    def _check_image(self, m: manifest_format.Manifest, image_id: str, size: int) -> int | None:
+        """What is used of an image, as far as its table says it."""
         try:
             table = images.load_table(self.packs, image_id)
             found = table.size
@@ -450,10 +453,11 @@ class Store:
                 f"manifest {m.vm}@{m.name}: image {image_id} has {found} bytes, the manifest says {size}"
             )
         if table is None:
-            return
+            return None
         for pack in table.packs:
             if not self.packs.exists(pack):
                 raise errors.CorruptError(f"image {image_id} needs pack {pack:016x}, which is not in the store")
+        return table.used
 
 
 def _manifest_key(vm: str, name: str) -> str:

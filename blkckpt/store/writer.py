@@ -397,12 +397,23 @@ class ImageWriter:
         self._index.add(sealed.pack, sealed.size, sealed.records)
         self._recent = tuple(entries for entries in self._recent if entries is not known)
 
+    def _used(self) -> int | None:
+        """The bytes of chunks that are not zero.  None if the parent is damaged where it is not needed."""
+        if self._parent is None:
+            return self._table.growth
+        try:
+            emptied = sum(leaves.used(self._parent.leaf(leaf)) for leaf in self._table.emptied)
+            return self._parent.used() + self._table.growth - emptied
+        except errors.BlkckptError:
+            return None
+
     def _publish(self) -> images.ImageInfo:
         """Every pack is durable: now the table."""
         parent = self._parent.image_id if self._parent else None
         table = layout.Table(
-            self.image_id, self.size, self._kind, self._label, parent, time.time_ns(), self._table.directory.tobytes()
-        )
+            self.image_id, self.size, self._kind, self._label, parent, time.time_ns(), self._table.directory.tobytes(),
+            used=self._used(),
+        )  # fmt: skip
         data = layout.encode_table(table, self._codec.digest)
         self._packs.backend.put(layout.image_key(self.image_id), data, exclusive=not self._replaces)
         return images.ImageInfo(

@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 from blkckpt import errors
-from blkckpt.store import layout, packs
+from blkckpt.store import layout, leaves, packs
 
 LIMIT = 64 << 20
 """Default bound of the decoded chunks: the read-ahead of a dozen readers."""
@@ -39,9 +39,6 @@ _WAIT = 60.0
 
 RAW = struct.Struct("<52xI")
 """The raw length in an entry: zero for a chunk of zeros.  (numpy would take longer to load than all of this does.)"""
-
-_WHOLE = layout.ENTRY.size - 2
-"""The byte of an entry that is one if the raw length is that of a whole chunk, 1 << 16, and else zero."""
 
 Wanted = tuple[layout.Entry, str]
 """An entry with data, and what to call it in an error."""
@@ -215,12 +212,6 @@ class Chunks:
                 self._leaves.popitem(last=False)
         return data
 
-    def _count(self, store: packs.Packs, table: layout.Table, number: int) -> int:
-        """The bytes in use of a leaf: its whole chunks, and what the last one has of it."""
-        entries = self.leaf(store, table, number)
-        (last,) = RAW.unpack_from(entries, len(entries) - layout.ENTRY.size)
-        return entries[_WHOLE :: layout.ENTRY.size].count(1) * layout.CHUNK + (last if last < layout.CHUNK else 0)
-
     def used(self, store: packs.Packs, table: layout.Table, numbers: Iterable[int]) -> int:
         """The bytes of non-zero chunks of these leaves (which have data)."""
         total = 0
@@ -229,7 +220,7 @@ class Chunks:
             digest = table.directory[place : place + layout.HASH]
             count = self._counts.get(digest)
             if count is None:
-                count = self._count(store, table, number)
+                count = leaves.used(self.leaf(store, table, number))
                 with self._lock:
                     self._counts[digest] = count
                     if len(self._counts) > COUNTS:

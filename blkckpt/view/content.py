@@ -245,6 +245,8 @@ class Image:
     def used(self) -> int:
         def count() -> int:
             table = self._table
+            if table.used is not None:
+                return table.used
             return self._cache.used(self._store, table, filter(table.filled, range(layout.leaf_count(table.size))))
 
         return self._follow(count)

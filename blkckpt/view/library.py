@@ -281,9 +281,11 @@ class Library:
 
         return self._images.make((store.info.id.hex(), image_id), load)[0]
 
-    def used(self, store: stores.Store, image_id: str) -> int:
-        """Bytes of an image that are not in holes."""
-        return self._used.make((store.info.id.hex(), image_id), lambda: self.image(store, image_id).used())
+    def used(self, store: stores.Store, one: manifest.DiskImage | manifest.RamBlock) -> int:
+        """Bytes of an image that are not in holes: as its manifest has it, else as they are counted."""
+        if one.used is not None:
+            return one.used
+        return self._used.make((store.info.id.hex(), one.image), lambda: self.image(store, one.image).used())
 
     def index(self, store: stores.Store, memory: manifest.MemoryImage) -> skeleton.Index:
         """Where the parts of a memory skeleton lie."""

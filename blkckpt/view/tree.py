@@ -244,24 +244,26 @@ def _small(found: library.Checkpoint, name: str, data: bytes) -> nodes.File:
     )
 
 
-def _image(books: library.Library, found: library.Checkpoint, image_id: str, size: int) -> nodes.File:
+def _image(
+    books: library.Library, found: library.Checkpoint, one: manifest.DiskImage | manifest.RamBlock
+) -> nodes.File:
     """A whole image of the store."""
 
     def opened() -> content.Content:
-        whole = books.image(found.store, image_id)
-        if whole.size != size:
-            raise errors.CorruptError(f"image {image_id} has {whole.size} bytes, its manifest says {size}")
+        whole = books.image(found.store, one.image)
+        if whole.size != one.size:
+            raise errors.CorruptError(f"image {one.image} has {whole.size} bytes, its manifest says {one.size}")
         return whole
 
     return nodes.File(
-        image_id, size, found.manifest.created_ns, opened, lambda: books.used(found.store, image_id), found.store
+        one.image, one.size, found.manifest.created_ns, opened, lambda: books.used(found.store, one), found.store
     )
 
 
 def _disks(books: library.Library, guests: guest.Guests, found: library.Checkpoint) -> nodes.Folder:
     entries: dict[str, Callable[[], nodes.Node]] = {}
     for disk in found.manifest.disks:
-        entries[f"{disk.name}.img"] = lambda disk=disk: _image(books, found, disk.image, disk.size)  # type: ignore[misc]
+        entries[f"{disk.name}.img"] = lambda disk=disk: _image(books, found, disk)  # type: ignore[misc]
         try:
             known = guests.look(found.store, disk.image)
         except errors.BlkckptError as error:  # a damaged image has no partitions to show; reading it says why
@@ -316,7 +318,7 @@ def memory_folder(books: library.Library, found: library.Checkpoint, memory: man
 
 def _ram(books: library.Library, found: library.Checkpoint, main: tuple[manifest.RamBlock, ...]) -> nodes.File:
     if len(main) == 1:
-        return _image(books, found, main[0].image, main[0].size)
+        return _image(books, found, main[0])
     starts = [sum(block.size for block in main[:number]) for number in range(len(main))]
     size = sum(block.size for block in main)
 
@@ -331,7 +333,7 @@ def _ram(books: library.Library, found: library.Checkpoint, main: tuple[manifest
 
 
 def _used_by(books: library.Library, found: library.Checkpoint, blocks: Iterable[manifest.RamBlock]) -> int:
-    return sum(books.used(found.store, block.image) for block in blocks)
+    return sum(books.used(found.store, block) for block in blocks)
 
 
 def _blocks(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> nodes.Folder:
@@ -344,7 +346,7 @@ def _blocks(books: library.Library, found: library.Checkpoint, memory: manifest.
             entries[name] = lambda place=place: _part(books, found, memory.skeleton, place)  # type: ignore[misc]
         elif block in main:
             one = main[block]
-            entries[name] = lambda one=one: _image(books, found, one.image, one.size)  # type: ignore[misc]
+            entries[name] = lambda one=one: _image(books, found, one)  # type: ignore[misc]
     return nodes.Folder(found.manifest.created_ns, entries)
 
 

@@ -276,9 +276,9 @@ def test_a_hostile_leaf(target: store.Store) -> None:
         entries = good.copy()
         entries[field][0] = value
         with pytest.raises(errors.CorruptError, match="entry 0"):
-            layout.decode_leaf(entries.tobytes(), SIZE, 0, "it")
+            layout.check_leaf(entries.tobytes(), SIZE, 0, "it")
     with pytest.raises(errors.CorruptError, match="wrong length"):
-        layout.decode_leaf(good.tobytes()[:-56], SIZE, 0, "it")
+        layout.check_leaf(good.tobytes()[:-56], SIZE, 0, "it")
 
 
 def _first_refused(case: bytes) -> int | None:
