@@ -263,6 +263,8 @@ class Image:
         if offset >= self.size:
             return None
         table = self._table
+        if table.used == self.size:  # no chunk is zero: said wrongly, zeros would be read as data
+            return offset if data else None
         for number in range(offset // _SPAN, layout.leaf_count(self.size)):
             base = number * _SPAN
             low = max(offset - base, 0) // layout.CHUNK

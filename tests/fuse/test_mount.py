@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from blkckpt import paths
-from blkckpt.store import layout, store
+from blkckpt.store import images, layout, manifest, store
 from tests.support import checkpoints, guest, mounted
 
 CHUNK = layout.CHUNK
@@ -82,6 +82,19 @@ def test_bytes_and_holes(view: Path) -> None:
     used = sum(min(CHUNK, SIZE - at) for at, full in zip(range(0, SIZE, CHUNK), filled, strict=True) if full)
     assert disk.stat().st_blocks == -(-used // 512)
     assert disk.stat().st_size == SIZE
+
+
+def test_what_is_used_is_counted_where_nothing_says_it(home: paths.Home, view: Path) -> None:
+    """A manifest and a table from before they recorded it: the file's size in blocks is the same."""
+    made = checkpoints.checkpoint(home, "one", {"vda": pattern(1)}, vm="older")
+    with store.Store.open(home.store) as place:
+        image = made.disks[0].image
+        table = dataclasses.replace(images.load_table(place.packs, image), used=None)
+        place.packs.backend.put(layout.image_key(image), layout.encode_table(table, place.packs.codec.digest))
+        assert place.manifest("older", "one").disks[0].used is not None
+        place.packs.backend.put("manifests/older/one.json", manifest.encode(made.counted({image: None})))
+    old, new = (view / vm / "one/disks/vda.img" for vm in ("older", "web"))
+    assert 0 < old.stat().st_blocks == new.stat().st_blocks < SIZE // 512
 
 
 def test_others_read_it(view: Path, tmp_path: Path, table: bytes) -> None:

@@ -90,7 +90,8 @@ def same(near: store.Store, one: manifest.Manifest, far: store.Store, vm: str, n
     for part, (image, size, kind) in ours.items():
         reader, copy = near.image(image), far.image(theirs[part][0])
         assert copy.read(0, size) == reader.read(0, size)
-        assert (copy.table.kind, copy.table.label) == (kind, reader.table.label)
+        assert (copy.table.kind, copy.table.label, copy.table.used) == (kind, reader.table.label, reader.used())
+    assert [part.used for part in there.parts()] == [near.image(part.image).used() for part in one.parts()]
 
 
 def test_whole_history(near: store.Store, far: store.Store) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import struct
@@ -127,6 +128,28 @@ def test_one_bad_chunk_is_named_and_the_others_are_read(target: store.Store, tmp
         assert report.problem_count == 1
         assert report.problems[0].where == f"web@one, image {reader.image_id}, chunk 3"
         assert f"{entry.pack:016x}" in report.problems[0].what
+
+
+@pytest.mark.parametrize("where", ["table", "manifest"])
+def test_a_wrong_count_of_what_is_used(target: store.Store, where: str) -> None:
+    """Verify says it; every byte is right all the same.  One that cannot be is refused."""
+    image = image_of(target)
+    table, one = images.load_table(target.packs, image), target.manifest("web", "one")
+    assert table.used == one.disks[0].used == SIZE - CHUNK
+    if where == "table":
+        data = layout.encode_table(dataclasses.replace(table, used=SIZE + 1), target.packs.codec.digest)
+        target.packs.backend.put(layout.image_key(image), data)
+        with pytest.raises(errors.CorruptError, match="impossible header"):
+            read(target)
+        data = layout.encode_table(dataclasses.replace(table, used=0), target.packs.codec.digest)
+        target.packs.backend.put(layout.image_key(image), data)
+    else:
+        data = manifest.encode(one.counted({image: 0}))
+        target.packs.backend.put("manifests/web/one.json", data)
+    assert read(target) == DATA
+    report = check.verify(target)
+    assert report.problem_count == 1
+    assert f"its {where} says that 0 bytes are used, not {SIZE - CHUNK}" in report.problems[0].what
 
 
 def test_verify_counts_and_tells_progress(target: store.Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import threading
@@ -67,6 +68,7 @@ def test_round_trip_and_inheritance(
     assert whole(target, child) == model
     reader = target.image(child)
     assert _by_extents(reader) == model
+    assert reader.table.used == _counted(reader)
     for _ in range(5):
         low, high = sorted((chance.randint(0, size), chance.randint(0, size)))
         assert reader.read(low, high - low) == model[low:high]
@@ -90,6 +92,55 @@ def _write(target: store.Store, model: bytearray, kinds: list[str], chance: rand
             model[-tail:] = chunk_of(kinds[0], tail, chance)
             out.write(len(model) - tail, bytes(model[-tail:]))
         return out.finish().image
+
+
+def _counted(reader: images.ImageReader) -> int:
+    return sum(length for _, length, zero in reader.extents(0, reader.size) if not zero)
+
+
+def _uncounted(target: store.Store, image: str) -> None:
+    """Its table as an older blkckpt has written it: with zeros where it says what is used."""
+    table = images.load_table(target.packs, image)
+    data = layout.encode_table(dataclasses.replace(table, used=None), target.packs.codec.digest)
+    assert data[88:128] == bytes(40)
+    target.packs.backend.put(layout.image_key(image), data)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["counted", "older"])
+def test_what_is_used_of_a_child(target: store.Store, monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
+    """Leaves filled, emptied, half overwritten, left alone and put aside, on a parent that says it or does not."""
+    monkeypatch.setattr(leaves, "MAX_HELD", 1)
+    span = layout.LEAF * CHUNK
+    size = 4 * span + CHUNK + 5
+    with target.image_writer(size) as out:
+        for leaf in (0, 1, 2, 4):
+            out.write(leaf * span, b"a" * min(2 * CHUNK, size - leaf * span))
+        parent = out.finish().image
+    assert target.image(parent).table.used == 6 * CHUNK + CHUNK + 5
+    if old:
+        _uncounted(target, parent)
+        assert target.image(parent).table.used is None and target.image(parent).used() == 7 * CHUNK + 5
+    with target.image_writer(size, parent=parent) as out:
+        out.zero(0, span)
+        out.write(span + CHUNK, bytes(CHUNK) + b"b" * CHUNK)
+        out.write(3 * span, b"c" * CHUNK)
+        out.zero(4 * span + CHUNK, 5)
+        reader = target.image(out.finish().image)
+    assert reader.table.used == _counted(reader) == 6 * CHUNK
+
+
+def test_what_is_used_needs_no_leaf_that_is_not_needed_otherwise(target: store.Store, tmp_path: Path) -> None:
+    """A child over a damaged parent is written as ever; then nobody says what is used of it."""
+    parent = put(target, b"a" * layout.LEAF * CHUNK)
+    entry = target.image(parent.image).table.leaf(0)
+    (path,) = (tmp_path / "store").glob("packs/*/*.pack")
+    with path.open("r+b") as file:
+        file.seek(entry.offset)
+        file.write(b"damage")
+    with target.image_writer(layout.LEAF * CHUNK, parent=parent.image) as out:
+        out.zero(0, layout.LEAF * CHUNK)
+        reader = target.image(out.finish().image)
+    assert reader.table.used is None and reader.used() == 0
 
 
 def _by_extents(reader: images.ImageReader) -> bytes:

@@ -19,12 +19,13 @@ from blkckpt.store import layout, manifest, store
 IMAGE = "0123456789abcdef" * 2
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)
 IDS = st.from_regex(r"[0-9a-f]{32}", fullmatch=True)
-COUNTS = st.integers(0, 1 << 45)
+COUNTS = st.integers(1 << 30, 1 << 45)
+USED = st.none() | st.integers(0, 1 << 30)
 TEXT = st.text(st.characters(min_codepoint=1, max_codepoint=0xD7FF), max_size=40)
 PRINTABLE = st.from_regex(r"[ -~]{1,60}", fullmatch=True)
-DISKS = st.lists(st.builds(manifest.DiskImage, NAMES, IDS, COUNTS), max_size=4, unique_by=lambda d: d.name)
+DISKS = st.lists(st.builds(manifest.DiskImage, NAMES, IDS, COUNTS, USED), max_size=4, unique_by=lambda d: d.name)
 BLOCKS = st.lists(
-    st.builds(manifest.RamBlock, PRINTABLE, COUNTS, st.sampled_from([4096, 2 << 20]), IDS),
+    st.builds(manifest.RamBlock, PRINTABLE, COUNTS, st.sampled_from([4096, 2 << 20]), IDS, USED),
     max_size=4,
     unique_by=lambda b: b.name,
 )
@@ -53,7 +54,8 @@ def sample(**more: Any) -> manifest.Manifest:
 @given(MANIFESTS)
 def test_round_trip(made: manifest.Manifest) -> None:
     data = manifest.encode(made)
-    assert manifest.decode(data, "it") == made
+    found = manifest.decode(data, "it")
+    assert found == made and [one.used for one in found.parts()] == [one.used for one in made.parts()]
     assert manifest.encode(manifest.decode(data, "it")) == data
 
 
@@ -107,6 +109,8 @@ BAD: list[tuple[str, Any]] = [
     ("name", "a/b"), ("name", ""), ("name", "a" * 65), ("id", "xyz"), ("id", IMAGE.upper()), ("created_ns", -1),
     ("created_ns", 1.5), ("disks", None), ("disks", {}), ("disks", [1]), ("disks", [{}]), ("disks__0__size", -1),
     ("disks__0__size", 1 << 60), ("disks__0__image", "../../etc"), ("disks__0__name", "a\0b"), ("parent", 7),
+    ("disks__0__used", -1), ("disks__0__used", 2), ("disks__0__used", "1"), ("disks__0__used", True),
+    ("memory__blocks__0__used", 2), ("memory__blocks__0__used", 0.5),
     ("parent", "/x"), ("memory", []), ("memory__blocks", "x"), ("memory__blocks__0__page_size", 3),
     ("memory__blocks__0__page_size", 0), ("memory__blocks__0__name", "a\nb"), ("memory__blocks__0__image", None),
     ("memory__skeleton", ""), ("memory__skeleton_size", -1), ("machine", 1), ("machine__argv", [1]),
@@ -121,6 +125,15 @@ def test_malformed_fields_are_refused(path: str, value: Any) -> None:
     """Rule S4: with a checksum that is right, every field is still checked."""
     with pytest.raises(errors.CorruptError):
         manifest.decode(fields_of(**{path: value}), "it")
+
+
+def test_what_is_used_may_be_missing() -> None:
+    """As in a manifest from before it was recorded, whose bytes stay the same; None is no value of its own."""
+    assert b'"used"' not in fields_of()
+    for change in ({}, {"disks__0__used": None, "memory__blocks__0__used": None}):
+        assert [one.used for one in manifest.decode(fields_of(**change), "it").parts()] == [None, None]
+    found = manifest.decode(fields_of(disks__0__used=0, memory__blocks__0__used=1), "it")
+    assert [one.used for one in found.parts()] == [0, 1]
 
 
 def test_names_of_disks_and_blocks_are_unique() -> None:
@@ -187,6 +200,24 @@ def test_the_manifest_publishes(target: store.Store, tmp_path: Path) -> None:
     for call in (target.remove, target.manifest):
         with pytest.raises(errors.NotFoundError):
             call("web", "one")
+
+
+def test_what_is_used_is_noted(target: store.Store) -> None:
+    """By the images' tables, whatever the caller says; amending keeps it."""
+    data = bytes(layout.CHUNK) + b"x" * layout.CHUNK + b"tail"
+    with target.image_writer(len(data)) as out:
+        out.write(0, data)
+        image = out.finish().image
+    block = manifest.RamBlock("pc.ram", len(data), 4096, image)
+    made = sample(
+        disks=(manifest.DiskImage("vda", image, len(data), used=1),),
+        memory=manifest.MemoryImage((block,), image, len(data)),
+    )
+    target.put_manifest(made)
+    for _ in range(2):
+        found = target.manifest("web", "one")
+        assert found == made and [one.used for one in found.parts()] == [layout.CHUNK + 4] * 2
+        target.amend_manifest(made := dataclasses.replace(made, notes=("amended",)))
 
 
 def test_a_manifest_needs_its_images(target: store.Store) -> None:

@@ -113,8 +113,10 @@ def test_a_table_takes_its_place(target: store.Store, rig: disks.Rig) -> None:
         target.amend_manifest(dataclasses.replace(one, retained=False))
     flatten(target, data, image)
     assert target.image(image).read(0, SIZE) == data and target.manifest("vm", "c1").retained
+    assert target.manifest("vm", "c1").disks[0].used is None
     target.amend_manifest(dataclasses.replace(one, retained=False))
-    assert not target.manifest("vm", "c1").retained
+    flat = target.manifest("vm", "c1")
+    assert not flat.retained and flat.disks[0].used == target.image(image).used() > 0
     with pytest.raises(errors.StateError, match="not a retained one"):
         flatten(target, data, image)
 
