@@ -194,7 +194,6 @@ class Store:
         Checks before that every image it names is there, with the right size (rule S2), and notes what is used of each.
         StateError if the VM has a checkpoint of this name.
         """
-        manifest_format.encode(m)
         key = _manifest_key(m.vm, m.name)
         with self.hold():
             data = manifest_format.encode(self._checked(m))
