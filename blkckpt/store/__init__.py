@@ -50,7 +50,8 @@ Write order
     2. The image's table, when all its packs are durable: written, fsync, rename, directory fsync.
     3. The manifest, when all its images are durable: written, fsync, link (it never replaces one), directory fsync.
 
-    ``put_manifest`` looks once more whether every image is there; it is the only commit point.
+    ``put_manifest`` looks once more whether every image is there, and notes what is used of it; it is the only commit
+    point.
 
 Crash windows
     *While a pack is written.*  The temporary file stays in ``tmp``.  It is locked while its writer lives; ``collect``

@@ -18,8 +18,8 @@
     VM/by-tag/TAG                        a link to the newest checkpoint that has the tag
 
 A path is looked up anew each time, from the root; what is expensive to know lies in :mod:`blkckpt.view.library`.
-``attributes`` of a file may read image tables and leaves, never data, but for the first chunk of a memory skeleton
-and what a partition table takes.
+``attributes`` of a file may read image tables and leaves (of an image of which the manifest does not say what is used),
+never data, but for the first chunk of a memory skeleton and what a partition table takes.
 
 A file that cannot be offered is left out: ``ram.img``, ``guest-physical.raw`` and ``core.elf`` where the layout is not
 known (:mod:`blkckpt.view.physical`).

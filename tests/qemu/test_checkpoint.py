@@ -29,6 +29,16 @@ def resume_and_compare(box: guest.Sandbox, checkpoint: str, name: str) -> tuple[
     return console, console.sweep()
 
 
+def counted(box: guest.Sandbox, checkpoint: str) -> bool:
+    """Whether the manifest says what is used of disk and memory, and says what is there."""
+    with stores.Store.open(paths.home(box.home).store) as place:
+        for part in place.manifest("v", checkpoint).parts():
+            extents = place.image(part.image).extents(0, part.size)
+            if part.used != sum(length for _, length, zero in extents if not zero):
+                return False
+    return True
+
+
 def test_ten_checkpoints_under_load_restore_without_a_wrong_byte(box: guest.Sandbox, writer: guest.Console) -> None:
     chance = random.Random(20)
     token = writer.beat().token
@@ -105,6 +115,7 @@ def test_stacked_checkpoints_are_each_of_their_own_instant(box: guest.Sandbox, w
         assert process.returncode == 0, output + complaint
     assert box.json("status", "v")["vms"][0]["disks"][0]["overlay_bytes"] == 0
     writer.check()
+    assert all(counted(box, f"s{number}") for number in range(4))
     for number in (0, 2, 3):
         console, mismatches = resume_and_compare(box, f"v@s{number}", f"p{number}")
         assert mismatches == 0, f"s{number}: {console.complaints()}"
