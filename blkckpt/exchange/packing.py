@@ -2,8 +2,8 @@
 
 What is sent is worked out from tables and leaves: the places of all chunks of the chosen checkpoints, less those of
 the *bases*, checkpoints that the receiver has.  Chunks are then read pack by pack in the order in which they lie
-there, their hashes checked (rule X1), and sent as they are stored; all anew if packs are rewritten meanwhile and one
-is gone, which the receiver minds not.  Memory: 8 bytes a chunk, and one pack's index.
+there, their hashes checked (rule X1), and sent as they are stored.  When one of these packs is rewritten meanwhile, all
+are sent anew: the receiver keeps each chunk once.  Memory: 8 bytes a chunk, and one pack's index.
 """
 
 from __future__ import annotations

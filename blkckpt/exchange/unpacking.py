@@ -362,7 +362,7 @@ class _Base:
         raise errors.CorruptError(f"the bundle's image {image.image} refers to one that is not there")
 
     def same(self, leaf: int, digest: bytes) -> tuple[bytes, int]:
-        """The directory entry of *leaf* what is used of it; CorruptError when *digest* is not of its hashes."""
+        """The directory entry of *leaf* and what is used of it; CorruptError when *digest* is not of its hashes."""
         if self.built is not None:
             found, entry = self.built.columns[leaf], self.built.directory[leaf : leaf + 1].tobytes()
             used = self.built.used[leaf]

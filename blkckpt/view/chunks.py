@@ -17,7 +17,8 @@ import queue
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
 
 from blkckpt import errors
 from blkckpt.store import layout, leaves, packs
@@ -42,6 +43,9 @@ RAW = struct.Struct("<52xI")
 
 Wanted = tuple[layout.Entry, str]
 """An entry with data, and what to call it in an error."""
+
+_K = TypeVar("_K", bound=Hashable)
+_V = TypeVar("_V")
 
 
 class _Batch:
@@ -89,13 +93,7 @@ class Chunks:
 
     def peek(self, digest: bytes) -> bytes | None:
         """The chunk if it is here already."""
-        data = self._found.get(digest)
-        if data is not None:
-            try:
-                self._found.move_to_end(digest)  # one operation under the interpreter's lock
-            except KeyError:  # dropped meanwhile by another thread
-                return data
-        return data
+        return recall(self._found, digest)
 
     def get(self, store: packs.Packs, wanted: Sequence[Wanted]) -> list[bytes]:
         """The chunks, in order.  CorruptError naming the one that is damaged, never a wrong byte (rule S3)."""
@@ -227,6 +225,17 @@ class Chunks:
                         self._counts.popitem(last=False)
             total += count
         return total
+
+
+def recall(found: OrderedDict[_K, _V], key: _K) -> _V | None:
+    """The value of *key*, now the one used most recently.  Needs no lock beside threads that add and drop."""
+    value = found.get(key)
+    if value is not None:
+        try:
+            found.move_to_end(key)  # one operation under the interpreter's lock
+        except KeyError:  # dropped meanwhile by another thread
+            return value
+    return value
 
 
 def _decode(store: packs.Packs, wanted: Sequence[Wanted]) -> dict[bytes, bytes]:

@@ -67,13 +67,7 @@ class _Recent(Generic[_K, _V]):
         self._total = 0
 
     def get(self, key: _K) -> _V | None:
-        value = self._found.get(key)
-        if value is not None:
-            try:
-                self._found.move_to_end(key)  # one operation under the interpreter's lock
-            except KeyError:  # dropped meanwhile by another thread
-                return value
-        return value
+        return chunks.recall(self._found, key)
 
     def put(self, key: _K, value: _V) -> None:
         with self._lock:
