@@ -32,6 +32,8 @@ DEFAULT_BANDWIDTH = 128 << 20
 
 END_SECONDS = 30.0
 """Without a byte while a migration nobody wants is seen to its end; pre-faulting sends none."""
+SILENCE_SECONDS = 5.0
+"""Without an answer while a snapshot nobody wants ends: then the monitor may be waiting for a write-protected page."""
 CONTINUE_SECONDS = 10.0
 COMPLETION_SECONDS = 60.0
 """From the end of the stream to the MIGRATION event; QEMU joins its thread and closes files in between."""
@@ -83,7 +85,8 @@ class Machine:
         A guest whose memory a snapshot left write-protected, when its agent and its guard were killed together, is
         freed first.
         """
-        self._free()
+        if self.session.execute("query-migrate").get("status") in ("failed", "cancelled"):
+            self._free()
         status = str(self.session.execute("query-status").get("status"))
         if status != "running":
             advice = _ADVICE.get(status, "continue it (`cont`)")
@@ -98,9 +101,10 @@ class Machine:
             raise errors.HypervisorError(f"QEMU cannot save this guest: {'; '.join(map(str, reasons))[:300]}")
 
     def _free(self) -> None:
-        """(Only after a failure: to look means to walk all of QEMU's memory map.)"""
-        if self.session.execute("query-migrate").get("status") not in ("failed", "cancelled"):
-            return
+        """Take away what protects the guest's memory for a snapshot that has ended or that nobody wants.
+
+        Only after a failure: to look means to walk all of QEMU's memory map.
+        """
         if freed := writeprotect.release(self.session.peer_pid):
             _logger.warning("the guest was left write-protected, and is freed", extra={"fields": {"ranges": freed}})
 
@@ -291,30 +295,39 @@ class Machine:
 
         A background snapshot is let to complete, its *stream* (the pipe's read end) thrown away; it must not be
         cancelled (:mod:`blkckpt.agent.drain`).  One that broke off all the same has left the guest's memory
-        write-protected, and that is taken away.  A plain migration is cancelled.
+        write-protected, and that is taken away before QEMU is asked anything: its monitor may be waiting for a page.
+        A plain migration is cancelled.
         """
         if self._migrating:
             thrown = drain.Drain(stream) if background and stream is not None else None
             if not background:
                 with contextlib.suppress(qmp.RefusedError):
                     self.session.execute("migrate_cancel")
-            self._await_end(thrown)
-            if background and self.session.execute("query-migrate").get("status") in ("failed", "cancelled"):
-                writeprotect.release(self.session.peer_pid)
+            elif self.migration_ended():
+                self._free()
+            self._await_end(thrown, background=background)
         self._migrating = False
         if self._handed:
             self._handed = False
             with contextlib.suppress(qmp.RefusedError):  # a migration that began took it
                 self.session.execute("closefd", {"fdname": STREAM})
 
-    def _await_end(self, thrown: drain.Drain | None) -> None:
+    def _await_end(self, thrown: drain.Drain | None, *, background: bool) -> None:
         moved, since = 0, time.monotonic()
-        while self.session.execute("query-migrate").get("status") in ACTIVE:
+        status = "active"
+        while status in ACTIVE:
             if thrown is not None and thrown.moved != moved:
                 moved, since = thrown.moved, time.monotonic()
             if time.monotonic() - since > END_SECONDS:
                 raise errors.DeadlineError(f"QEMU's migration has not moved for {END_SECONDS:g} s")
             time.sleep(INTERVAL)
+            try:
+                status = self.session.execute("query-migrate", timeout=SILENCE_SECONDS).get("status")
+            except errors.DeadlineError:
+                if background:
+                    self._free()
+        if background and status in ("failed", "cancelled"):
+            self._free()
         if thrown is not None:
             thrown.join(END_SECONDS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -30,10 +31,22 @@ def rescue(kind: str, path: str, stream: int | None = None, patience: float = RE
         except errors.BlkckptError as error:
             if isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
                 return False  # nobody listens there any more: the guest has ended
+            if isinstance(error, errors.DeadlineError) and thrown is not None:
+                _free_if_stuck(path, thrown, moved)
         if thrown is not None and thrown.moved != moved:
             moved, since = thrown.moved, time.monotonic()
         time.sleep(INTERVAL)
     return False
+
+
+def _free_if_stuck(path: str, thrown: drain.Drain, moved: int) -> None:
+    """A silent monitor may be waiting for a page of a snapshot that does not go on: nobody wants that, so it is freed.
+
+    A stream at its end is no such snapshot's: then the monitor may be another agent's, and what is protected too.
+    """
+    if thrown.moved == moved and not thrown.join(0):
+        with contextlib.suppress(errors.BlkckptError):
+            writeprotect.release(qmp.listener(path))
 
 
 def _continue(path: str) -> bool:

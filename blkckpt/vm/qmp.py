@@ -314,6 +314,12 @@ class QmpSession:
             self._changed.notify_all()
 
 
+def listener(path: str | os.PathLike[str], *, timeout: float = CONNECT_TIMEOUT) -> int:
+    """The process that listens at *path*, which need not answer."""
+    with _connect(os.fspath(path), timeout) as connection:
+        return _peer_pid(connection)
+
+
 def _one_line(error: object) -> str:
     """What was said, without its line ends and without end."""
     return " ".join(str(error).split())[:300]
