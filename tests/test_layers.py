@@ -55,8 +55,8 @@ RANKS: tuple[frozenset[str], ...] = (
     }),
     frozenset({"view.starting", "agent.template"}),
     frozenset({
-        "store.compare", "store.frozen", "store.marks", "store.writer", "memory.apart", "exchange.bundle",
-        "exchange.pump", "agent.early",
+        "store.compare", "store.contents", "store.frozen", "store.marks", "store.writer", "memory.apart",
+        "exchange.bundle", "exchange.pump", "agent.early",
     }),
     frozenset({"disk.chain", "store.repack"}),
     frozenset({"store.collect", "disk.stack"}),

@@ -15,6 +15,7 @@ Nothing is changed.  Problems are collected, not raised; a store that cannot be 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -26,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from blkckpt import errors
-from blkckpt.store import frozen, images, layout, marks, packs, reference, store
+from blkckpt.store import contents, frozen, images, layout, marks, packs, reference, store
+from blkckpt.store import manifest as manifests
 
 Progress = Callable[[int, int], None]
 """Called with (bytes of packs read, bytes to be read), from one thread at a time."""
@@ -169,6 +171,16 @@ def _read_manifest(target: store.Store, vm: str, name: str, state: _State, *, gi
     for one in manifest.parts():
         if one.used is not None:
             state.said.setdefault(one.image, {})[f"{vm}@{name}"] = one.used
+    if manifest.memory is not None and manifest.memory.contents is not None:
+        _check_contents(target, f"{vm}@{name}", manifest.memory, state)
+
+
+def _check_contents(target: store.Store, owner: str, memory: manifests.MemoryImage, state: _State) -> None:
+    """What a manifest says that its skeleton holds; one that cannot be read is told of with its image."""
+    with contextlib.suppress(errors.BlkckptError):
+        found = contents.look(target.image(memory.skeleton))
+        if found not in (None, memory.contents):
+            state.problem(f"{owner}, image {memory.skeleton}", "its manifest says that it holds something else")
 
 
 def _read_pins(target: store.Store, state: _State) -> None:

@@ -8,7 +8,8 @@ newline, with two members of its own beside the fields of :class:`Manifest`:
 * ``checksum``: ``sha256:`` and the hex digest of the same object in canonical form without this member.
 
 What a disk or a RAM block has ``used`` may be missing (an older blkckpt wrote the manifest, or the disk is retained);
-nothing but a file's size in blocks is told from it.
+nothing but a file's size in blocks is told from it.  So may the ``contents`` of the skeleton, from which names and
+sizes are told, never where anything lies.
 
 ``version`` is 1; a higher one is refused.  A field that the reader does not know is ignored (and covered by the
 checksum): whoever adds one that must not be ignored names it in ``requires``.  Every field is bounded and checked;
@@ -70,12 +71,31 @@ class RamBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamBlock:
+    """A RAM block of the stream; ``used`` of it in the skeleton, None if it has an image of its own (or uncounted)."""
+
+    name: str
+    size: int
+    used: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a skeleton holds: all RAM blocks in the stream's order, and how long the device state is."""
+
+    blocks: tuple[StreamBlock, ...]
+    state_size: int
+    state_used: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryImage:
     """The memory and the device state: RAM blocks, and the stream without their pages (the *skeleton*)."""
 
     blocks: tuple[RamBlock, ...]
     skeleton: str
     skeleton_size: int
+    contents: Contents | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +152,13 @@ class Manifest:
         """Disks and RAM blocks: all images but the skeleton."""
         return [*self.disks, *(self.memory.blocks if self.memory else ())]
 
-    def counted(self, used: Mapping[str, int | None]) -> Manifest:
-        """The same with what is ``used`` of each image."""
+    def counted(self, used: Mapping[str, int | None], contents: Contents | None = None) -> Manifest:
+        """The same with what is ``used`` of each image, and the ``contents`` of the skeleton."""
         disks = tuple(replace(disk, used=used[disk.image]) for disk in self.disks)
         if self.memory is None:
             return replace(self, disks=disks)
         blocks = tuple(replace(block, used=used[block.image]) for block in self.memory.blocks)
-        return replace(self, disks=disks, memory=replace(self.memory, blocks=blocks))
+        return replace(self, disks=disks, memory=replace(self.memory, blocks=blocks, contents=contents))
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -213,10 +233,19 @@ def _encode_memory(memory: MemoryImage | None) -> dict[str, Any] | None:
     blocks = [
         {"name": b.name, "size": b.size, "page_size": b.page_size, "image": b.image, **_used(b)} for b in memory.blocks
     ]
-    return {"blocks": blocks, "skeleton": memory.skeleton, "skeleton_size": memory.skeleton_size}
+    fields = {"blocks": blocks, "skeleton": memory.skeleton, "skeleton_size": memory.skeleton_size}
+    return fields if memory.contents is None else {**fields, "contents": _encode_contents(memory.contents)}
 
 
-def _used(one: DiskImage | RamBlock) -> dict[str, int]:
+def _encode_contents(contents: Contents) -> dict[str, Any]:
+    return {
+        "blocks": [{"name": b.name, "size": b.size, **_used(b)} for b in contents.blocks],
+        "state_size": contents.state_size,
+        "state_used": contents.state_used,
+    }
+
+
+def _used(one: DiskImage | RamBlock | StreamBlock) -> dict[str, int]:
     return {} if one.used is None else {"used": one.used}
 
 
@@ -267,9 +296,7 @@ def _block(value: Any, what: str) -> RamBlock:
     page_size = reader.integer("page_size", 1, 1 << 30)
     if page_size & (page_size - 1):
         raise reader.bad("page_size")
-    name = reader.string("name", 255)
-    if not name or not name.isprintable():
-        raise reader.bad("name")
+    name = reader.block_name("name")
     size = reader.integer("size", 0, MAX_BYTES)
     return RamBlock(name, size, page_size, reader.image("image"), reader.used(size))
 
@@ -278,7 +305,19 @@ def _memory(reader: _Reader) -> MemoryImage:
     blocks = reader.items("blocks", _block)
     if len({block.name for block in blocks}) != len(blocks):
         raise reader.bad("blocks")
-    return MemoryImage(blocks, reader.image("skeleton"), reader.integer("skeleton_size", 0, MAX_BYTES))
+    contents = None if reader.get("contents") is None else _contents(reader.child("contents"))
+    return MemoryImage(blocks, reader.image("skeleton"), reader.integer("skeleton_size", 0, MAX_BYTES), contents)
+
+
+def _contents(reader: _Reader) -> Contents:
+    size = reader.integer("state_size", 0, MAX_BYTES)
+    return Contents(reader.items("blocks", _stream_block), size, reader.used(size, "state_used"))
+
+
+def _stream_block(value: Any, what: str) -> StreamBlock:
+    reader = _Reader(value, what)
+    size = reader.integer("size", 0, MAX_BYTES)
+    return StreamBlock(reader.block_name("name"), size, reader.used(size))
 
 
 def _machine(reader: _Reader) -> MachineInfo:
@@ -337,12 +376,18 @@ class _Reader:
             raise self.bad(key)
         return value
 
-    def used(self, size: int) -> int | None:
-        return None if self.get("used") is None else self.integer("used", 0, size)
+    def used(self, size: int, key: str = "used") -> int | None:
+        return None if self.get(key) is None else self.integer(key, 0, size)
 
     def string(self, key: str, limit: int) -> str:
         value = self.get(key)
         if not isinstance(value, str) or len(value) > limit or "\0" in value:
+            raise self.bad(key)
+        return value
+
+    def block_name(self, key: str) -> str:
+        value = self.string(key, 255)
+        if not value or not value.isprintable():
             raise self.bad(key)
         return value
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blkckpt import durable, errors, lazy, paths, units
-from blkckpt.store import backend, codec, collect, images, index, layout, lock, marks, packs, pins
+from blkckpt.store import backend, codec, collect, contents, images, index, layout, lock, marks, packs, pins
 from blkckpt.store import evidence as evidence_format
 from blkckpt.store import labels as label_format
 from blkckpt.store import manifest as manifest_format
@@ -435,8 +435,9 @@ class Store:
             self._reconciled = False
 
     def _checked(self, m: manifest_format.Manifest) -> manifest_format.Manifest:
-        """*m* with what is used of each of its images, all of which are there, with the right size (rule S2)."""
-        return m.counted({image_id: self._check_image(m, image_id, size) for image_id, size in _sizes(m)})
+        """*m* with what its images hold, all of which are there, with the right size (rule S2)."""
+        used = {image_id: self._check_image(m, image_id, size) for image_id, size in _sizes(m)}
+        return m.counted(used, contents.look(self.image(m.memory.skeleton)) if m.memory else None)
 
     def _check_image(self, m: manifest_format.Manifest, image_id: str, size: int) -> int | None:
         """What is used of an image, as far as its table says it."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from blkckpt import durable, errors, lazy, log, paths, units
 from blkckpt.memory import skeleton
-from blkckpt.store import images, manifest, reference
+from blkckpt.store import contents, images, manifest, reference
 from blkckpt.store import store as stores
 from blkckpt.view import chunks, content, layers
 from blkckpt.vm import definition
@@ -280,6 +280,10 @@ class Library:
         if one.used is not None:
             return one.used
         return self._used.make((store.info.id.hex(), one.image), lambda: self.image(store, one.image).used())
+
+    def contents(self, store: stores.Store, memory: manifest.MemoryImage) -> manifest.Contents:
+        """What a memory skeleton holds: as its manifest has it, else by its own table, not counted."""
+        return memory.contents or contents.of(self.index(store, memory), lambda *_: None)
 
     def index(self, store: stores.Store, memory: manifest.MemoryImage) -> skeleton.Index:
         """Where the parts of a memory skeleton lie."""

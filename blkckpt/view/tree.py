@@ -18,8 +18,8 @@
     VM/by-tag/TAG                        a link to the newest checkpoint that has the tag
 
 A path is looked up anew each time, from the root; what is expensive to know lies in :mod:`blkckpt.view.library`.
-``attributes`` of a file may read image tables and leaves (of an image of which the manifest does not say what is used),
-never data, but for the first chunk of a memory skeleton and what a partition table takes.
+``attributes`` of a file may read image tables and leaves, never data, but for what a partition table takes; and the
+first chunk of a memory skeleton where the manifest does not say what that holds.
 
 A file that cannot be offered is left out: ``ram.img``, ``guest-physical.raw`` and ``core.elf`` where the layout is not
 known (:mod:`blkckpt.view.physical`).
@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from blkckpt import errors, lazy, log
-from blkckpt.memory import image
+from blkckpt.memory import image, skeleton
 from blkckpt.store import manifest
 from blkckpt.view import content, library, nodes, physical
 
@@ -337,21 +337,54 @@ def _used_by(books: library.Library, found: library.Checkpoint, blocks: Iterable
 
 
 def _blocks(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> nodes.Folder:
-    index = books.index(found.store, memory)
     entries: dict[str, Callable[[], nodes.Node]] = {}
     main = {block.name: block for block in memory.blocks}
-    for name, block in image.view_names(block.name for block in index.blocks).items():
-        if block in index.small:
-            place = index.small[block]
-            entries[name] = lambda place=place: _part(books, found, memory.skeleton, place)  # type: ignore[misc]
-        elif block in main:
-            one = main[block]
+    inside = {block.name: block for block in books.contents(found.store, memory).blocks}
+    for name, block in image.view_names(inside).items():
+        if one := main.get(block):
             entries[name] = lambda one=one: _image(books, found, one)  # type: ignore[misc]
+        else:
+            entries[name] = lambda small=inside[block]: _small_block(books, found, memory, small)  # type: ignore[misc]
     return nodes.Folder(found.manifest.created_ns, entries)
 
 
+def _small_block(
+    books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage, block: manifest.StreamBlock
+) -> nodes.File:
+    """A RAM block that is in the skeleton."""
+
+    def where(index: skeleton.Index) -> tuple[int, int]:
+        return index.small.get(block.name, (0, 0))
+
+    return _inside(books, found, memory, block.name, where, (block.size, block.used))
+
+
+def _inside(
+    books: library.Library,
+    found: library.Checkpoint,
+    memory: manifest.MemoryImage,
+    name: str,
+    where: Callable[[skeleton.Index], tuple[int, int]],
+    said: tuple[int, int | None],
+) -> nodes.File:
+    """A part of the skeleton, of whose size and use this is *said*; where it lies only the skeleton says."""
+    size, used = said
+
+    def opened() -> content.Slice:
+        place = where(books.index(found.store, memory))
+        if place[1] != size:
+            raise errors.CorruptError(f"{name} in {memory.skeleton} has {place[1]} bytes, its manifest says {size}")
+        return content.Slice(books.image(found.store, memory.skeleton), *place)
+
+    def count() -> int:
+        return opened().used() if used is None else used
+
+    identity = f"{memory.skeleton}/{name}"
+    return nodes.File(identity, size, found.manifest.created_ns, opened, count, found.store)
+
+
 def _part(books: library.Library, found: library.Checkpoint, image_id: str, place: tuple[int, int]) -> nodes.File:
-    """A range of an image: a partition, a small RAM block in the skeleton."""
+    """A range of an image: a partition."""
 
     def opened() -> content.Slice:
         return content.Slice(books.image(found.store, image_id), *place)
@@ -411,11 +444,13 @@ def _core(
 
 
 def _device_state(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> nodes.File:
-    return _part(books, found, memory.skeleton, books.index(found.store, memory).tail)
+    inside = books.contents(found.store, memory)
+    said = inside.state_size, inside.state_used
+    return _inside(books, found, memory, "the device state", lambda index: index.tail, said)
 
 
 def _decoded_state(books: library.Library, found: library.Checkpoint, memory: manifest.MemoryImage) -> nodes.File:
-    size = devices.room(books.index(found.store, memory).tail[1])
+    size = devices.room(books.contents(found.store, memory).state_size)
 
     def opened() -> content.Content:
         return content.Bytes(devices.render(books.devices(found.store, memory), size))
