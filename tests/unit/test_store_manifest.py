@@ -29,6 +29,12 @@ BLOCKS = st.lists(
     max_size=4,
     unique_by=lambda b: b.name,
 )
+CONTENTS = st.builds(
+    manifest.Contents,
+    st.lists(st.builds(manifest.StreamBlock, PRINTABLE, COUNTS, USED), max_size=4).map(tuple),
+    COUNTS,
+    USED,
+)
 MANIFESTS = st.builds(
     manifest.Manifest,
     vm=NAMES,
@@ -37,7 +43,7 @@ MANIFESTS = st.builds(
     created_ns=st.integers(0, 1 << 62),
     disks=DISKS.map(tuple),
     parent=st.none() | NAMES,
-    memory=st.none() | st.builds(manifest.MemoryImage, BLOCKS.map(tuple), IDS, COUNTS),
+    memory=st.none() | st.builds(manifest.MemoryImage, BLOCKS.map(tuple), IDS, COUNTS, st.none() | CONTENTS),
     machine=st.none()
     | st.builds(manifest.MachineInfo, st.lists(TEXT, max_size=5).map(tuple), TEXT, TEXT, TEXT, COUNTS),
     consistency=st.sampled_from(manifest.CONSISTENCY),
@@ -56,6 +62,7 @@ def test_round_trip(made: manifest.Manifest) -> None:
     data = manifest.encode(made)
     found = manifest.decode(data, "it")
     assert found == made and [one.used for one in found.parts()] == [one.used for one in made.parts()]
+    assert (found.memory and found.memory.contents) == (made.memory and made.memory.contents)
     assert manifest.encode(manifest.decode(data, "it")) == data
 
 
@@ -110,7 +117,10 @@ BAD: list[tuple[str, Any]] = [
     ("created_ns", 1.5), ("disks", None), ("disks", {}), ("disks", [1]), ("disks", [{}]), ("disks__0__size", -1),
     ("disks__0__size", 1 << 60), ("disks__0__image", "../../etc"), ("disks__0__name", "a\0b"), ("parent", 7),
     ("disks__0__used", -1), ("disks__0__used", 2), ("disks__0__used", "1"), ("disks__0__used", True),
-    ("memory__blocks__0__used", 2), ("memory__blocks__0__used", 0.5),
+    ("memory__blocks__0__used", 2), ("memory__blocks__0__used", 0.5), ("memory__contents", []),
+    ("memory__contents", {}), ("memory__contents", {"blocks": [], "state_size": 1, "state_used": 2}),
+    ("memory__contents", {"blocks": [{"name": "a\nb", "size": 1}], "state_size": 1}),
+    ("memory__contents", {"blocks": [{"name": "a", "size": 1, "used": 2}], "state_size": 1}),
     ("parent", "/x"), ("memory", []), ("memory__blocks", "x"), ("memory__blocks__0__page_size", 3),
     ("memory__blocks__0__page_size", 0), ("memory__blocks__0__name", "a\nb"), ("memory__blocks__0__image", None),
     ("memory__skeleton", ""), ("memory__skeleton_size", -1), ("machine", 1), ("machine__argv", [1]),
@@ -134,6 +144,10 @@ def test_what_is_used_may_be_missing() -> None:
         assert [one.used for one in manifest.decode(fields_of(**change), "it").parts()] == [None, None]
     found = manifest.decode(fields_of(disks__0__used=0, memory__blocks__0__used=1), "it")
     assert [one.used for one in found.parts()] == [0, 1]
+    assert b'"contents"' not in fields_of()
+    for change in ({}, {"memory__contents": None}):
+        memory = manifest.decode(fields_of(**change), "it").memory
+        assert memory is not None and memory.contents is None
 
 
 def test_names_of_disks_and_blocks_are_unique() -> None:

@@ -1,0 +1,139 @@
+"""The tree below ``memory``: the same by the manifest as by the skeleton itself, which listing does not need."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blkckpt import errors, paths
+from blkckpt.memory import records, skeleton
+from blkckpt.store import check, contents, layout, manifest, store
+from blkckpt.view import chunks, content, library, nodes, tree
+
+RAM = 64 << 10
+SMALL = {"pc.bios": b"\x55\xaa" * (96 << 9), "/rom@etc/acpi": bytes(64 << 10) + b"acpi" * 1024}
+TAIL = b"state" * 20_000
+OWN = ("manifest.json", "timings.json")
+"""Files that have the time of the manifest's own file."""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> paths.Home:
+    return paths.home(tmp_path)
+
+
+@pytest.fixture
+def target(home: paths.Home) -> Iterator[store.Store]:
+    with store.Store.open_or_init(home.store) as opened:
+        yield opened
+
+
+def image(target: store.Store, data: bytes, kind: str) -> str:
+    with target.image_writer(len(data), kind=kind) as out:
+        out.write(0, data)
+        return out.finish().image
+
+
+def put(target: store.Store, name: str, state: bytes | None = None) -> manifest.MemoryImage:
+    """A checkpoint with a skeleton, or with *state* for one; its memory as it was published."""
+    names = ["/rom@etc/acpi", "pc.ram", "pc.bios"]
+    blocks = tuple(records.Block(block, len(SMALL.get(block, bytes(RAM))), 4096) for block in names)
+    data = state or skeleton.encode(skeleton.Skeleton(3, 4096, blocks, b"head", b"live", TAIL, SMALL))
+    ram = manifest.RamBlock("pc.ram", RAM, 4096, image(target, b"m" * RAM, "memory"))
+    memory = manifest.MemoryImage((ram,), image(target, data, "stream"), len(data))
+    machine = manifest.MachineInfo(("qemu",), "pc-q35-7.2", "tcg", "7.2", RAM)
+    target.put_manifest(manifest.Manifest("web", name, f"{len(name):032x}", 5, (), memory=memory, machine=machine))
+    found = target.manifest("web", name).memory
+    assert found is not None
+    return found
+
+
+def replace(target: store.Store, name: str, told: manifest.Contents | None) -> None:
+    """The manifest with other contents, as if it had been published so."""
+    one = target.manifest("web", name)
+    assert one.memory is not None
+    one = dataclasses.replace(one, memory=dataclasses.replace(one.memory, contents=told))
+    target.packs.backend.put(f"manifests/web/{name}.json", manifest.encode(one))
+
+
+@pytest.fixture
+def root(home: paths.Home, target: store.Store) -> Iterator[tree.Tree]:
+    books = library.Library(lambda: [home.store], chunks.Chunks(workers=0))
+    yield tree.Tree(books)
+    books.close()
+
+
+def listed(root: tree.Tree, name: str) -> dict[str, nodes.Attributes]:
+    found: dict[str, nodes.Attributes] = {}
+    for folder in ("", "/memory", "/memory/blocks"):
+        node = root.find(f"web/{name}{folder}")
+        assert nodes.is_directory(node)
+        names, look = nodes.listing(node)
+        found |= {f"{folder}/{one}": look(one).attributes() for one in names if one not in OWN}
+    return found
+
+
+def read(root: tree.Tree, path: str) -> bytes:
+    node = root.find(path)
+    assert isinstance(node, nodes.File)
+    opened = node.open()
+    return content.read(opened, 0, opened.size)
+
+
+def test_a_manifest_says_what_its_skeleton_holds(target: store.Store) -> None:
+    told = put(target, "one").contents
+    assert told is not None
+    used = {"/rom@etc/acpi": 4096, "pc.ram": None, "pc.bios": 96 << 10}
+    assert [(block.name, block.used) for block in told.blocks] == list(used.items())
+    assert (told.state_size, told.state_used) == (len(TAIL), len(TAIL))
+    assert check.verify(target).ok
+
+
+def test_it_is_listed_the_same_without(root: tree.Tree, target: store.Store) -> None:
+    """An older blkckpt's manifest says nothing of it: then the skeleton does."""
+    put(target, "one")
+    new = listed(root, "one")
+    replace(target, "one", None)
+    assert listed(root, "one") == new
+    assert new["/device-state.bin"].size == len(TAIL)
+    assert new["/memory/blocks/pc.bios.img"].used == 96 << 10
+    for name, data in (
+        ("pc.bios", SMALL["pc.bios"]),
+        ("_rom_etc_acpi", SMALL["/rom@etc/acpi"]),
+        ("pc.ram", b"m" * RAM),
+    ):
+        assert read(root, f"web/one/memory/blocks/{name}.img") == data
+    assert read(root, "web/one/device-state.bin") == TAIL
+
+
+def test_listing_reads_no_skeleton(root: tree.Tree, target: store.Store) -> None:
+    put(target, "kept")
+    memory = put(target, "one")
+    new = listed(root, "kept")
+    target.packs.backend.delete(layout.image_key(memory.skeleton))
+    assert listed(root, "one") == new
+    with pytest.raises(errors.NotFoundError):
+        read(root, "web/one/device-state.bin")
+
+
+def test_what_a_manifest_says_wrongly_is_no_byte(root: tree.Tree, target: store.Store) -> None:
+    """V1: where the parts lie is never told from the manifest; verify says that it is wrong."""
+    told = put(target, "one").contents
+    assert told is not None
+    first = dataclasses.replace(told.blocks[0], size=told.blocks[0].size + 4096)
+    replace(target, "one", manifest.Contents((first, *told.blocks[1:]), 7, 7))
+    for path in ("memory/blocks/_rom_etc_acpi.img", "device-state.bin"):
+        with pytest.raises(errors.CorruptError, match="its manifest says"):
+            read(root, f"web/one/{path}")
+    report = check.verify(target)
+    assert report.problem_count == 1
+    assert "its manifest says" in report.problems[0].what
+
+
+def test_what_is_no_skeleton_is_published_all_the_same(target: store.Store) -> None:
+    assert put(target, "one", b"device state").contents is None
+    assert contents.look(target.image(image(target, bytes(1 << 17), "stream"))) is None
+    assert check.verify(target).ok
