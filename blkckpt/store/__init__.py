@@ -23,7 +23,8 @@ What it is
 
 Data flow
     ``Store.image_writer`` → :mod:`writer` (workers hash, look up, compress; one appender) → :mod:`packs`,
-    :mod:`leaves` → image table.  ``Store.put_manifest`` publishes.  ``Store.image`` → :mod:`images` reads: directory →
+    :mod:`leaves` → image table.  ``Store.put_manifest`` publishes, with what :mod:`contents` reads
+    of a memory skeleton.  ``Store.image`` → :mod:`images` reads: directory →
     leaf → chunk, one ranged read each, O(1) whatever the size.  :mod:`retention` decides which checkpoints stay;
     :mod:`collect` deletes what, by :mod:`marks`, nothing needs, and has :mod:`repack` rewrite packs that are mostly
     dead; :mod:`check` verifies, :mod:`usage` accounts, :mod:`ingest` (a process of its own) copies frozen disks in.
@@ -50,8 +51,8 @@ Write order
     2. The image's table, when all its packs are durable: written, fsync, rename, directory fsync.
     3. The manifest, when all its images are durable: written, fsync, link (it never replaces one), directory fsync.
 
-    ``put_manifest`` looks once more whether every image is there, and notes what is used of it; it is the only commit
-    point.
+    ``put_manifest`` looks once more whether every image is there, and notes what is used of it and what a memory
+    skeleton holds; it is the only commit point.
 
 Crash windows
     *While a pack is written.*  The temporary file stays in ``tmp``.  It is locked while its writer lives; ``collect``

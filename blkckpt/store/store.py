@@ -191,8 +191,8 @@ class Store:
         """Publish a checkpoint: the only commit point (rule S1).  It is never there without *with_labels*, and what was
         *seen* of it elsewhere, its picture too.
 
-        Checks before that every image it names is there, with the right size (rule S2), and notes what is used of each.
-        StateError if the VM has a checkpoint of this name.
+        Checks before that every image it names is there, with the right size (rule S2), and notes what is used of each
+        and what the memory skeleton holds.  StateError if the VM has a checkpoint of this name.
         """
         key = _manifest_key(m.vm, m.name)
         with self.hold():
