@@ -15,6 +15,7 @@ import pytest
 from blkckpt import paths
 from blkckpt.agent import runner
 from blkckpt.control import client
+from blkckpt.store import contents
 from blkckpt.store import store as stores
 from blkckpt.vm import definition
 from tests.support import guest
@@ -30,9 +31,14 @@ def resume_and_compare(box: guest.Sandbox, checkpoint: str, name: str) -> tuple[
 
 
 def counted(box: guest.Sandbox, checkpoint: str) -> bool:
-    """Whether the manifest says what is used of disk and memory, and says what is there."""
+    """Whether the manifest says what is used of disk and memory and what the skeleton holds, and says what is there."""
     with stores.Store.open(paths.home(box.home).store) as place:
-        for part in place.manifest("v", checkpoint).parts():
+        found = place.manifest("v", checkpoint)
+        assert found.memory is not None
+        inside = found.memory.contents
+        if inside is None or inside != contents.look(place.image(found.memory.skeleton)):
+            return False
+        for part in found.parts():
             extents = place.image(part.image).extents(0, part.size)
             if part.used != sum(length for _, length, zero in extents if not zero):
                 return False
