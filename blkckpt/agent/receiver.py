@@ -180,6 +180,7 @@ class Receiver:
                 self.progress = (int(body["done"]), int(body["total"]))
             elif kind == "result":
                 self._received = Received.decode(body)
+                self._ended.set()  # it has yet to end, which nobody needs to wait for
             elif kind == "error":
                 text, number = str(body.get("message")), body.get("errno")
                 self._error = wire.error_from(wire.Failure(0, text, str(body.get("type")), number))

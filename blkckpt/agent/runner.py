@@ -66,6 +66,8 @@ def take(
             guest.check()
         mode = _choose_mode(options, guest)
         if meeting is not None and mode not in consistency.MODES:
+            if guest is not None:
+                guest.restore_settings()
             raise errors.InputError(
                 "a checkpoint of a group stops its guests: leave out --disk-only and --pause barrier"
             )

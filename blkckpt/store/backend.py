@@ -40,6 +40,9 @@ _OPEN_FILES = 128
 """Descriptors of objects kept open for reading."""
 
 _BUFFER = 4 << 20
+_SYNC_EVERY = 64 << 20
+"""Bytes after which a large object is synced while more of it arrives: what a device has in its volatile cache takes
+as long to flush as to write (512 MiB: 0.7 s), and whoever waits for the object would wait for that."""
 _ALIGN = 4096
 """What ``O_DIRECT`` may want lengths and offsets to be multiples of."""
 
@@ -254,8 +257,8 @@ class LocalAppender:
 
     What is appended is gathered in one of two aligned buffers, while the other is written with ``O_DIRECT`` where
     the file system can (1 GiB of random data: 0.1 s of system time instead of 0.8 to 1.9 s through the page cache,
-    nothing left for the last fsync to do, and the guest's cache stays).  The last, unaligned bytes go through the
-    page cache.
+    and the guest's cache stays).  The last, unaligned bytes go through the page cache.  Meanwhile the device's cache is
+    flushed now and then, so that little is left for the last fsync.
     """
 
     def __init__(self, temporary: Path, path: Path) -> None:
@@ -266,6 +269,9 @@ class LocalAppender:
         self._written = self._filled = 0
         self._writer = futures.ThreadPoolExecutor(1, "blkckpt-write")
         self._pending: futures.Future[None] | None = None
+        self._syncer = futures.ThreadPoolExecutor(1, "blkckpt-sync")
+        self._syncs: futures.Future[None] | None = None
+        self._synced = 0
 
     @property
     def size(self) -> int:
@@ -293,6 +299,8 @@ class LocalAppender:
                 self._write(buffer[:aligned], self._written)
                 self._set_buffered()
                 self._write(buffer[aligned : self._filled], self._written + aligned)
+            if self._syncs is not None:
+                self._syncs.result()  # what it failed with, the kernel does not say again
             os.fsync(self._descriptor)
             durable.publish(self._temporary, self._path)
         except OSError as error:
@@ -308,6 +316,7 @@ class LocalAppender:
 
     def _close(self) -> None:
         self._writer.shutdown()
+        self._syncer.shutdown()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -332,6 +341,16 @@ class LocalAppender:
     def _write_full(self, buffer: mmap.mmap, offset: int) -> None:
         with memoryview(buffer) as view:
             self._write(view, offset)
+        self._sync_now_and_then(offset + len(buffer))
+
+    def _sync_now_and_then(self, end: int) -> None:
+        if self._syncs is not None:
+            if not self._syncs.done():
+                return
+            self._syncs.result()
+        if end - self._synced >= _SYNC_EVERY:
+            self._synced = end
+            self._syncs = self._syncer.submit(os.fdatasync, self._descriptor)
 
     def _write(self, view: memoryview, offset: int) -> None:
         done = 0

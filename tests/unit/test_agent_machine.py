@@ -41,10 +41,10 @@ class Qemu(fake_qmp.FakeQmp):
         }  # fmt: skip
 
     def set_capabilities(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        for entry in arguments["capabilities"]:
-            if entry["capability"] == "background-snapshot" and entry["state"] and self.refuses_background:
-                raise fake_qmp.Refusal("Background-snapshot is not supported by host kernel")
-            self.capabilities[entry["capability"]] = entry["state"]
+        asked = {entry["capability"]: entry["state"] for entry in arguments["capabilities"]}
+        if asked.get("background-snapshot") and self.refuses_background:
+            raise fake_qmp.Refusal("Background-snapshot is not supported by host kernel")
+        self.capabilities |= asked
         return {}
 
     def set_parameters(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -94,10 +94,24 @@ def test_a_guest_that_is_migrating_or_cannot_be(qemu: Qemu, guest: machine.Machi
 
 def test_a_refused_capability_changes_nothing(qemu: Qemu, guest: machine.Machine) -> None:
     before = dict(qemu.capabilities)
-    assert guest.background_refusal() is None
-    assert qemu.capabilities == before
     qemu.refuses_background = True
     assert "host kernel" in str(guest.background_refusal())
+    assert qemu.capabilities == before
+    guest.restore_settings()
+    assert qemu.capabilities == before
+
+
+def test_the_capability_is_tried_once(qemu: Qemu, guest: machine.Machine) -> None:
+    """Each time costs QEMU a walk through the guest's memory."""
+    before = dict(qemu.capabilities)
+    assert guest.background_refusal() is None
+    assert qemu.capabilities["background-snapshot"]
+    guest.set_up(background=True)
+    assert qemu.commands().count("migrate-set-capabilities") == 1
+    guest.restore_settings()
+    assert (qemu.capabilities, qemu.bandwidth) == (before, 123)
+    assert guest.background_refusal() is None
+    guest.restore_settings()
     assert qemu.capabilities == before
 
 
