@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import TYPE_CHECKING
 
-from blkckpt import durable, errors, paths
-from blkckpt.disk import format as formats
-from blkckpt.store import manifest, reference, retained, store
+from blkckpt import durable, errors, lazy, paths
+from blkckpt.store import manifest, reference, store
+
+if TYPE_CHECKING:
+    from blkckpt.disk import format as formats
+    from blkckpt.store import retained
+else:  # a checkpoint that retains nothing needs neither
+    formats, retained = (lazy.Module(name) for name in ("blkckpt.disk.format", "blkckpt.store.retained"))
 
 
 def refer(vm: paths.VmPaths, place: store.Store, built: manifest.Manifest, claims: contextlib.ExitStack) -> None:

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blkckpt import durable, errors, lazy, paths, units
-from blkckpt.store import backend, codec, collect, contents, images, index, layout, lock, marks, packs, pins
+from blkckpt.store import backend, codec, contents, images, index, layout, lock, marks, packs, pins
 from blkckpt.store import evidence as evidence_format
 from blkckpt.store import labels as label_format
 from blkckpt.store import manifest as manifest_format
 from blkckpt.store import reference as references
 
 if TYPE_CHECKING:
-    from blkckpt.store import retained, writer
+    from blkckpt.store import collect, retained, writer
 else:
+    collect = lazy.Module("blkckpt.store.collect")
     retained = lazy.Module("blkckpt.store.retained")
     writer = lazy.Module("blkckpt.store.writer")
 
