@@ -423,8 +423,10 @@ def test_rule(scenario: Scenario, tmp_path: Path, core: fastcore.Core) -> None:
     _run(scenario, tmp_path, core)
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("scenario", "defect"), C_DEFECTS, ids=lambda one: getattr(one, "__name__", ""))
 def test_a_defect_in_c_is_found(scenario: Scenario, defect: tuple[str, str], tmp_path: Path) -> None:
+    """One that keeps a disk from being drained may hang it: a find as well, by the limit of time."""
     with (
         fastcore.loaded(fastcore.build(tmp_path, defect)) as broken,
         pytest.raises(FOUND),
