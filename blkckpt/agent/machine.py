@@ -108,8 +108,8 @@ class Machine:
         if freed := writeprotect.release(self.session.peer_pid):
             _logger.warning("the guest was left write-protected, and is freed", extra={"fields": {"ranges": freed}})
 
-    def background_refusal(self) -> qmp.RefusedError | None:
-        """Why QEMU cannot snapshot this guest in the background; None if it can, and then it is set to.
+    def try_background(self) -> qmp.RefusedError | None:
+        """Set QEMU to snapshot this guest in the background; why it cannot, None if it can.
 
         Only trying tells, and QEMU then registers all of the guest's memory: 40 ms for 2 GiB, so it is done once.
         """
@@ -325,12 +325,13 @@ class Machine:
                 moved, since = thrown.moved, time.monotonic()
             if time.monotonic() - since > END_SECONDS:
                 raise errors.DeadlineError(f"QEMU's migration has not moved for {END_SECONDS:g} s")
-            time.sleep(INTERVAL)
             try:
                 status = self.session.execute("query-migrate", timeout=SILENCE_SECONDS).get("status")
             except errors.DeadlineError:
                 if background:
                     self._free()
+            if status in ACTIVE:
+                time.sleep(INTERVAL)
         if background and status in ("failed", "cancelled"):
             self._free()
         if thrown is not None:

@@ -66,8 +66,6 @@ def take(
             guest.check()
         mode = _choose_mode(options, guest)
         if meeting is not None and mode not in consistency.MODES:
-            if guest is not None:
-                guest.restore_settings()
             raise errors.InputError(
                 "a checkpoint of a group stops its guests: leave out --disk-only and --pause barrier"
             )
@@ -146,7 +144,7 @@ def _check_server(control: client.Client, wanted: definition.VmDefinition) -> No
 def _choose_mode(options: checkpoint.CheckpointOptions, guest: machine.Machine | None) -> plan.Mode:
     if guest is None:
         return plan.Mode.FROZEN if options.guest_agent else plan.Mode.DISKS
-    refusal = guest.background_refusal()
+    refusal = guest.try_background()
     if refusal is None:
         return plan.Mode.EXPLICIT if options.pause == asked.EXPLICIT else plan.Mode.BARRIER
     if options.pause != asked.BARRIER:

@@ -267,9 +267,8 @@ class LocalAppender:
         fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._buffers = [mmap.mmap(-1, _BUFFER), mmap.mmap(-1, _BUFFER)]
         self._written = self._filled = 0
-        self._writer = futures.ThreadPoolExecutor(1, "blkckpt-write")
+        self._writer = futures.ThreadPoolExecutor(2, "blkckpt-write")  # one writes, one syncs
         self._pending: futures.Future[None] | None = None
-        self._syncer = futures.ThreadPoolExecutor(1, "blkckpt-sync")
         self._syncs: futures.Future[None] | None = None
         self._synced = 0
 
@@ -316,7 +315,6 @@ class LocalAppender:
 
     def _close(self) -> None:
         self._writer.shutdown()
-        self._syncer.shutdown()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -350,7 +348,7 @@ class LocalAppender:
             self._syncs.result()
         if end - self._synced >= _SYNC_EVERY:
             self._synced = end
-            self._syncs = self._syncer.submit(os.fdatasync, self._descriptor)
+            self._syncs = self._writer.submit(os.fdatasync, self._descriptor)
 
     def _write(self, view: memoryview, offset: int) -> None:
         done = 0

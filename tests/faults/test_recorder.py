@@ -11,7 +11,7 @@ from tests.faults import crash, powerloss, recorder
 
 LIVES = 20
 LEAVING = """
-import os, sys, threading, time
+import os, sys, threading
 begun = threading.Event()
 def make():
     for number in range(10**9):

@@ -95,7 +95,7 @@ def test_a_guest_that_is_migrating_or_cannot_be(qemu: Qemu, guest: machine.Machi
 def test_a_refused_capability_changes_nothing(qemu: Qemu, guest: machine.Machine) -> None:
     before = dict(qemu.capabilities)
     qemu.refuses_background = True
-    assert "host kernel" in str(guest.background_refusal())
+    assert "host kernel" in str(guest.try_background())
     assert qemu.capabilities == before
     guest.restore_settings()
     assert qemu.capabilities == before
@@ -104,13 +104,13 @@ def test_a_refused_capability_changes_nothing(qemu: Qemu, guest: machine.Machine
 def test_the_capability_is_tried_once(qemu: Qemu, guest: machine.Machine) -> None:
     """Each time costs QEMU a walk through the guest's memory."""
     before = dict(qemu.capabilities)
-    assert guest.background_refusal() is None
+    assert guest.try_background() is None
     assert qemu.capabilities["background-snapshot"]
     guest.set_up(background=True)
     assert qemu.commands().count("migrate-set-capabilities") == 1
     guest.restore_settings()
     assert (qemu.capabilities, qemu.bandwidth) == (before, 123)
-    assert guest.background_refusal() is None
+    assert guest.try_background() is None
     guest.restore_settings()
     assert qemu.capabilities == before
 
