@@ -8,7 +8,7 @@ more than this protocol, which an object store offers as well (``create`` is a m
 ``create(key)``                 a large one, appended to; durable under its key after ``commit``
 ``get(key, offset, length)``    exactly that range, or an error
 ``whole(key, limit)``           a small object; an error if it is longer
-``hint(key, offset, length)``   will be read soon; may do nothing
+``hint(key, ranges)``           will be read soon; may do nothing
 ``size(key)``, ``list(prefix)``, ``delete(key)``
 ==============================  ===================================================================
 
@@ -28,7 +28,7 @@ import re
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Protocol
@@ -64,7 +64,7 @@ class Backend(Protocol):
     def create(self, key: str) -> Appender: ...
     def get(self, key: str, offset: int, length: int) -> bytes: ...
     def whole(self, key: str, limit: int) -> bytes: ...
-    def hint(self, key: str, offset: int, length: int) -> None: ...
+    def hint(self, key: str, ranges: Iterable[tuple[int, int]]) -> None: ...
     def size(self, key: str) -> int: ...
     def exists(self, key: str) -> bool: ...
     def list(self, prefix: str) -> Iterator[tuple[str, int]]: ...
@@ -133,10 +133,11 @@ class LocalBackend:
         except OSError as error:
             raise errors.from_os_error(error, f"reading {self.path(key)}") from error
 
-    def hint(self, key: str, offset: int, length: int) -> None:
-        """Let the kernel begin to read; what is wrong shows when it is read."""
+    def hint(self, key: str, ranges: Iterable[tuple[int, int]]) -> None:
+        """Let the kernel begin to read *ranges*, ``(offset, length)``; what is wrong shows when it is read."""
         with contextlib.suppress(OSError, errors.BlkckptError), self._borrow(key) as shared:
-            os.posix_fadvise(shared.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+            for offset, length in ranges:
+                os.posix_fadvise(shared.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
     def size(self, key: str) -> int:
         with self._borrow(key) as shared:

@@ -341,18 +341,17 @@ class ImageReader:
         """The chunks *numbers*, from the cache, by reading ahead, or from the packs."""
         ahead = self._ahead
         self._announce(numbers.start, numbers.stop)
-        found: dict[int, bytes] = ahead.wait(numbers) if ahead else {}
+        coming = ahead.coming(numbers) if ahead else {}
+        found: dict[int, bytes] = {}
         with self._lock:
             for number in numbers:
                 data = self._chunks.get(number)
                 if data is not None:
                     self._chunks.move_to_end(number)
                     found[number] = data
-        wanted = [number for number in numbers if number not in found]
-        if wanted:
-            fresh = self._fetch(wanted)
-            found |= fresh
-            self._remember(fresh)
+        self._take([number for number in numbers if number not in found and number not in coming], found)
+        found |= readahead.arrived(coming)
+        self._take([number for number in numbers if number not in found], found)
         if ahead and follow:
             ahead.note(numbers, self._chunks.__contains__)
         return [found[number] for number in numbers]
@@ -392,6 +391,12 @@ class ImageReader:
             for offset, length in ranges:
                 numbers = range(offset // layout.CHUNK, -(-min(offset + length, self.size) // layout.CHUNK))
                 self._packs.hint([entry for entry in map(self.entry, numbers) if entry.raw], scattered=True)
+
+    def _take(self, numbers: Sequence[int], found: dict[int, bytes]) -> None:
+        if numbers:
+            fresh = self._fetch(numbers)
+            found |= fresh
+            self._remember(fresh)
 
     def _fetch(self, numbers: Sequence[int]) -> dict[int, bytes]:
         return self._follow(lambda _: self._read_chunks(numbers))

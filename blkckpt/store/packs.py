@@ -146,10 +146,12 @@ class Packs:
         runs = list(_runs(entries))
         if not scattered and len(runs) <= 2 + sum(entry.stored for entry in entries) // _PIECE:
             return
+        ranges: dict[int, list[tuple[int, int]]] = {}
         for run in runs:
             first, last = run[0], run[-1]
-            length = last.offset + last.stored - first.offset
-            self.backend.hint(layout.pack_key(first.pack), first.offset, length)
+            ranges.setdefault(first.pack, []).append((first.offset, last.offset + last.stored - first.offset))
+        for pack, its in ranges.items():
+            self.backend.hint(layout.pack_key(pack), its)
 
     def index(self, pack: int) -> layout.Array:
         """The checked index of a sealed pack."""

@@ -51,11 +51,10 @@ class ReadAhead:
                 self._announcer = futures.ThreadPoolExecutor(1, thread_name_prefix="announce")
             self._announcer.submit(tell)
 
-    def wait(self, numbers: Sequence[int]) -> dict[int, bytes]:
-        """Those of *numbers* that were coming, once they are there."""
+    def coming(self, numbers: Sequence[int]) -> dict[int, futures.Future[Fetched]]:
+        """Those of *numbers* that are coming."""
         with self._lock:
-            coming = {number: self._coming[number] for number in numbers if number in self._coming}
-        return {number: future.result()[number] for number, future in coming.items() if _good(future)}
+            return {number: self._coming[number] for number in numbers if number in self._coming}
 
     def note(self, numbers: range, known: Callable[[int], bool]) -> None:
         """*numbers* have been read; begin to fetch what follows, unless *known*, if that is sequential."""
@@ -101,6 +100,11 @@ class ReadAhead:
         for pool in pools:
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
+
+
+def arrived(coming: Mapping[int, futures.Future[Fetched]]) -> dict[int, bytes]:
+    """The chunks of *coming* once they are there, without those whose fetch failed."""
+    return {number: future.result()[number] for number, future in coming.items() if _good(future)}
 
 
 def _good(future: futures.Future[Fetched]) -> bool:

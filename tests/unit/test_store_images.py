@@ -501,6 +501,31 @@ def test_a_sequential_reader_finds_its_chunks_made(target: store.Store, monkeypa
     assert len(fetches.direct) <= 2
 
 
+def test_a_long_read_makes_its_other_chunks_while_some_are_coming(
+    target: store.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first half is with the other thread, which gets on only when the reader has made the second one."""
+    data = os.urandom(128 * CHUNK)
+    image = put(target, data).image
+    fetch, made, waited = images.ImageReader._fetch, threading.Event(), []
+
+    def gated(self: images.ImageReader, numbers: list[int]) -> dict[int, bytes]:
+        if threading.current_thread().name.startswith("read-ahead"):
+            waited.append(made.wait(10))
+        found = fetch(self, numbers)
+        if numbers[-1] == 127:
+            made.set()
+        return found
+
+    monkeypatch.setattr(images.ImageReader, "_fetch", gated)
+    reader = target.image(image, ahead=True)
+    reader.read(0, CHUNK)
+    reader.read(CHUNK, CHUNK)
+    assert reader.read(2 * CHUNK, 126 * CHUNK) == data[2 * CHUNK :]
+    reader.close()
+    assert waited and all(waited), "the reader waited first"
+
+
 def test_nothing_is_read_ahead_for_a_reader_that_jumps(target: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:
     image = put(target, os.urandom(100 * CHUNK)).image
     fetches = Fetches(monkeypatch)
@@ -532,7 +557,7 @@ def test_an_image_in_pieces_is_announced_to_the_disk(target: store.Store, monkey
             out.write(number * CHUNK, bytes(data[number * CHUNK : (number + 1) * CHUNK]))
         pieces = out.finish().image
     told: list[tuple[str, int]] = []
-    monkeypatch.setattr(target._backend, "hint", lambda key, offset, length: told.append((key, offset)))
+    monkeypatch.setattr(target._backend, "hint", lambda key, ranges: told.extend((key, offset) for offset, _ in ranges))
     for image, step in ((whole_one, 4), (pieces, 37)):
         reader = target.image(image, cache=0)
         for number in range(0, 696, step) if image == whole_one else (0, 300, 5, 690, 40):
