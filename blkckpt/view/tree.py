@@ -233,7 +233,9 @@ def _screenshot(found: library.Checkpoint) -> Mapping[str, Callable[[], nodes.No
 
 
 def _timings(one: manifest.Manifest) -> bytes:
-    return json.dumps(dict(one.timings), indent=1, sort_keys=True).encode() + b"\n"
+    """A line each.  Not by ``indent``: that is the slow encoder, which also leaves cycles to be collected."""
+    items = json.dumps(dict(one.timings), sort_keys=True, separators=(",\n ", ": "))
+    return f"{{\n {items[1:-1]}\n}}\n".encode() if one.timings else b"{}\n"
 
 
 def _small(found: library.Checkpoint, name: str, data: bytes) -> nodes.File:

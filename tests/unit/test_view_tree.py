@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,3 +138,13 @@ def test_what_is_no_skeleton_is_published_all_the_same(target: store.Store) -> N
     assert put(target, "one", b"device state").contents is None
     assert contents.look(target.image(image(target, bytes(1 << 17), "stream"))) is None
     assert check.verify(target).ok
+
+
+def test_timings_are_a_line_each_and_leave_nothing_to_collect(root: tree.Tree, target: store.Store) -> None:
+    put(target, "none")
+    told = dataclasses.replace(target.manifest("web", "none"), name="some", id="5" * 32, timings={"b": 0.5, "a": 2.25})
+    target.put_manifest(told)
+    gc.collect()
+    assert read(root, "web/none/timings.json") == b"{}\n"
+    assert read(root, "web/some/timings.json") == b'{\n "a": 2.25,\n "b": 0.5\n}\n'
+    assert not gc.collect()
