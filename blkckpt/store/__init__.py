@@ -23,8 +23,8 @@ What it is
 
 Data flow
     ``Store.image_writer`` → :mod:`writer` (workers hash, look up, compress; one appender) → :mod:`packs`,
-    :mod:`leaves` → image table.  ``Store.put_manifest`` publishes, with what :mod:`contents` reads
-    of a memory skeleton.  ``Store.image`` → :mod:`images` reads: directory →
+    :mod:`leaves` → image table.  ``Store.put_manifest`` publishes, with what :mod:`contents` sees
+    on the disks and in the memory skeleton.  ``Store.image`` → :mod:`images` reads: directory →
     leaf → chunk, one ranged read each, O(1) whatever the size.  :mod:`retention` decides which checkpoints stay;
     :mod:`collect` deletes what, by :mod:`marks`, nothing needs, and has :mod:`repack` rewrite packs that are mostly
     dead; :mod:`check` verifies, :mod:`usage` accounts, :mod:`ingest` (a process of its own) copies frozen disks in.

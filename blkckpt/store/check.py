@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,7 @@ _ATTEMPTS = 5
 _GROUP = 64
 _NEED = np.dtype([("place", "<u8"), ("fold", "<u8")])
 Needs = npt.NDArray[np.void]
+_Held = TypeVar("_Held", manifests.DiskContents, manifests.Contents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,16 +173,24 @@ def _read_manifest(target: store.Store, vm: str, name: str, state: _State, *, gi
     for one in manifest.parts():
         if one.used is not None:
             state.said.setdefault(one.image, {})[f"{vm}@{name}"] = one.used
-    if manifest.memory is not None and manifest.memory.contents is not None:
-        _check_contents(target, f"{vm}@{name}", manifest.memory, state)
+    _check_contents(target, manifest, state)
 
 
-def _check_contents(target: store.Store, owner: str, memory: manifests.MemoryImage, state: _State) -> None:
-    """What a manifest says that its skeleton holds; one that cannot be read is told of with its image."""
-    with contextlib.suppress(errors.BlkckptError):
-        found = contents.look(target.image(memory.skeleton))
-        if found not in (None, memory.contents):
-            state.problem(f"{owner}, image {memory.skeleton}", "its manifest says that it holds something else")
+def _check_contents(target: store.Store, one: manifests.Manifest, state: _State) -> None:
+    """What a manifest says that its disks and its skeleton hold; one that cannot be read is told of with its image."""
+
+    def same(image: str, said: _Held | None, look: Callable[[images.ImageReader], _Held | None]) -> None:
+        if said is not None:
+            with contextlib.suppress(errors.BlkckptError):
+                if look(target.image(image)) not in (None, said):
+                    what = "its manifest says that it holds something else"
+                    state.problem(f"{one.vm}@{one.name}, image {image}", what)
+
+    for disk in one.disks:
+        if disk.contents is not None and disk.contents.rules == contents.RULES:
+            same(disk.image, disk.contents, contents.on_disk)
+    if one.memory is not None:
+        same(one.memory.skeleton, one.memory.contents, contents.look)
 
 
 def _read_pins(target: store.Store, state: _State) -> None:

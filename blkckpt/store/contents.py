@@ -1,4 +1,4 @@
-"""What a memory skeleton holds, as a manifest says it.
+"""What a disk and a memory skeleton hold, as a manifest says it.
 
 Read once, when the checkpoint is published: whoever lists checkpoints then needs no more than their manifests.
 """
@@ -7,10 +7,39 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from blkckpt import errors
+from blkckpt import errors, lazy
 from blkckpt.memory import skeleton
 from blkckpt.store import images, manifest
+from blkckpt.view import source as sources
+
+if TYPE_CHECKING:
+    from blkckpt.view import partitions, probe
+else:
+    partitions, probe = lazy.Module("blkckpt.view.partitions"), lazy.Module("blkckpt.view.probe")
+
+RULES = 1
+"""What partitions and file systems are told by.  Who changes :mod:`partitions` or :mod:`probe` so that they may tell
+something else of the same disk counts this up: what was looked at by other rules is looked at again."""
+
+
+def on_disk(image: images.ImageReader) -> manifest.DiskContents | None:
+    """What is on the disk in *image*; None if it cannot be read: whoever reads it is told why."""
+    with contextlib.suppress(errors.BlkckptError):
+        return of_disk(sources.Window(image, 0, image.size))
+    return None
+
+
+def of_disk(disk: sources.Source) -> manifest.DiskContents:
+    """The partitions of a disk, and whether anything is known to be on it or in one of them."""
+    table = partitions.partitions(disk)
+    files = probe.probe(disk) is not None or any(
+        probe.probe(sources.Window(disk, part.offset, part.length)) is not None
+        for part in table
+        if part.kind != "extended"
+    )
+    return manifest.DiskContents(RULES, tuple((part.number, part.offset, part.length) for part in table), files)
 
 
 def look(image: images.ImageReader) -> manifest.Contents | None:

@@ -8,8 +8,8 @@ newline, with two members of its own beside the fields of :class:`Manifest`:
 * ``checksum``: ``sha256:`` and the hex digest of the same object in canonical form without this member.
 
 What a disk or a RAM block has ``used`` may be missing (an older blkckpt wrote the manifest, or the disk is retained);
-nothing but a file's size in blocks is told from it.  So may the ``contents`` of the skeleton, from which names and
-sizes are told, never where anything lies.
+nothing but a file's size in blocks is told from it.  So may the ``contents`` of a disk and of the skeleton: what a
+listing shows, never a byte that is read.
 
 ``version`` is 1; a higher one is refused.  A field that the reader does not know is ignored (and covered by the
 checksum): whoever adds one that must not be ignored names it in ``requires``.  Every field is bounded and checked;
@@ -46,17 +46,30 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
+class DiskContents:
+    """What is on a disk by the ``rules`` of whoever looked: partitions, and whether there are ``files`` to be read.
+
+    A partition is ``(number, offset, length)``, in bytes.
+    """
+
+    rules: int
+    partitions: tuple[tuple[int, int, int], ...]
+    files: bool
+
+
+@dataclass(frozen=True, slots=True)
 class DiskImage:
     """One disk: the image of its bytes at the instant.
 
-    ``used`` bytes of them are in chunks that are not zero; None if that has not been counted.  It goes without saying:
-    two that differ in nothing else are equal.
+    ``used`` bytes of them are in chunks that are not zero; None if that has not been counted.  It and the ``contents``
+    go without saying: two that differ in nothing else are equal.
     """
 
     name: str
     image: str
     size: int
     used: int | None = field(default=None, compare=False)
+    contents: DiskContents | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +165,14 @@ class Manifest:
         """Disks and RAM blocks: all images but the skeleton."""
         return [*self.disks, *(self.memory.blocks if self.memory else ())]
 
-    def counted(self, used: Mapping[str, int | None], contents: Contents | None = None) -> Manifest:
-        """The same with what is ``used`` of each image, and the ``contents`` of the skeleton."""
-        disks = tuple(replace(disk, used=used[disk.image]) for disk in self.disks)
+    def counted(
+        self,
+        used: Mapping[str, int | None],
+        on_disks: Mapping[str, DiskContents | None] = MappingProxyType({}),
+        contents: Contents | None = None,
+    ) -> Manifest:
+        """The same with what is ``used`` of each image, what is ``on_disks``, and the ``contents`` of the skeleton."""
+        disks = tuple(replace(disk, used=used[disk.image], contents=on_disks.get(disk.image)) for disk in self.disks)
         if self.memory is None:
             return replace(self, disks=disks)
         blocks = tuple(replace(block, used=used[block.image]) for block in self.memory.blocks)
@@ -171,7 +189,7 @@ def encode(manifest: Manifest) -> bytes:
         "id": manifest.id,
         "created_ns": manifest.created_ns,
         "parent": manifest.parent,
-        "disks": [{"name": d.name, "image": d.image, "size": d.size, **_used(d)} for d in manifest.disks],
+        "disks": [_encode_disk(disk) for disk in manifest.disks],
         "memory": _encode_memory(manifest.memory),
         "machine": _encode_machine(manifest.machine),
         "consistency": manifest.consistency,
@@ -225,6 +243,15 @@ def decode(data: bytes, what: str) -> Manifest:
 
 def _canonical(fields: Mapping[str, Any]) -> bytes:
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _encode_disk(disk: DiskImage) -> dict[str, Any]:
+    fields = {"name": disk.name, "image": disk.image, "size": disk.size, **_used(disk)}
+    found = disk.contents
+    if found is not None:
+        partitions = [list(part) for part in found.partitions]
+        fields["contents"] = {"rules": found.rules, "partitions": partitions, "files": found.files}
+    return fields
 
 
 def _encode_memory(memory: MemoryImage | None) -> dict[str, Any] | None:
@@ -288,7 +315,26 @@ def _manifest(reader: _Reader) -> Manifest:
 def _disk(value: Any, what: str) -> DiskImage:
     reader = _Reader(value, what)
     size = reader.integer("size", 0, MAX_BYTES)
-    return DiskImage(reader.name("name"), reader.image("image"), size, reader.used(size))
+    contents = None if reader.get("contents") is None else _disk_contents(reader.child("contents"), size)
+    return DiskImage(reader.name("name"), reader.image("image"), size, reader.used(size), contents)
+
+
+def _disk_contents(reader: _Reader, size: int) -> DiskContents:
+    def partition(value: Any, what: str) -> tuple[int, int, int]:
+        if not isinstance(value, list) or [type(one) for one in value] != [int] * 3:
+            raise errors.CorruptError(f"{what} is not a partition")
+        number, offset, length = value
+        if not 0 < number <= MAX_ITEMS or offset < 0 or length < 0 or offset + length > size:
+            raise errors.CorruptError(f"{what} is not a partition of a disk of {size} bytes")
+        return number, offset, length
+
+    found = reader.items("partitions", partition)
+    if len({number for number, _, _ in found}) != len(found):
+        raise reader.bad("partitions")
+    files = reader.get("files")
+    if not isinstance(files, bool):
+        raise reader.bad("files")
+    return DiskContents(reader.integer("rules", 1, 1 << 30), found, files)
 
 
 def _block(value: Any, what: str) -> RamBlock:

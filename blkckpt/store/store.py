@@ -438,7 +438,8 @@ class Store:
     def _checked(self, m: manifest_format.Manifest) -> manifest_format.Manifest:
         """*m* with what its images hold, all of which are there, with the right size (rule S2)."""
         used = {image_id: self._check_image(m, image_id, size) for image_id, size in _sizes(m)}
-        return m.counted(used, contents.look(self.image(m.memory.skeleton)) if m.memory else None)
+        on_disks = {disk.image: None if m.retained else contents.on_disk(self.image(disk.image)) for disk in m.disks}
+        return m.counted(used, on_disks, contents.look(self.image(m.memory.skeleton)) if m.memory else None)
 
     def _check_image(self, m: manifest_format.Manifest, image_id: str, size: int) -> int | None:
         """What is used of an image, as far as its table says it."""

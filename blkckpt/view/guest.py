@@ -17,11 +17,12 @@ import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blkckpt import errors
+from blkckpt.store import contents, manifest
 from blkckpt.store import store as stores
-from blkckpt.view import content, library, nodes, partitions, probe, volumes
+from blkckpt.view import content, library, nodes, volumes
 from blkckpt.view import source as sources
 
 DISKS = 8
@@ -34,26 +35,31 @@ ENTRIES = 4096
 """Directory entries remembered for each volume."""
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What is on a disk: its partitions, and whether anything has files."""
-
-    partitions: tuple[partitions.Partition, ...]
-    files: bool
-
-
 class Guests:
     """The disks that have been looked into.  Thread-safe."""
 
     def __init__(self, books: library.Library) -> None:
         self._books = books
         self._lock = threading.Lock()
-        self._found: OrderedDict[str, Found] = OrderedDict()
-        self._alike: list[tuple[content.Glance, Found]] = []
+        self._found: OrderedDict[str, manifest.DiskContents] = OrderedDict()
+        self._alike: list[tuple[content.Glance, manifest.DiskContents]] = []
         self._volumes: OrderedDict[str, dict[str, Volume]] = OrderedDict()
 
-    def look(self, store: stores.Store, image_id: str) -> Found:
-        """What is on this disk; nothing if it cannot be read (the image itself says why)."""
+    def look(self, store: stores.Store, disk: manifest.DiskImage) -> manifest.DiskContents:
+        """What is on this disk: as its manifest has it, else by its image.  Files only if they can be read."""
+        found = disk.contents
+        if found is None or found.rules != contents.RULES:
+            found = self._known(store, disk.image)
+        return found if _files_can_be_read() else replace(found, files=False)
+
+    def check(self, store: stores.Store, disk: manifest.DiskImage, partition: tuple[int, int, int]) -> None:
+        """CorruptError if a partition, of which the manifest tells, is another one by the table on the disk (V1)."""
+        if disk.contents is not None and partition not in self._known(store, disk.image).partitions:
+            raise errors.CorruptError(
+                f"partition {partition[0]} of {disk.image} is not by its table what its manifest says"
+            )
+
+    def _known(self, store: stores.Store, image_id: str) -> manifest.DiskContents:
         with self._lock:
             known = self._found.get(image_id)
         if known is None:
@@ -64,15 +70,15 @@ class Guests:
                     self._found.popitem(last=False)
         return known
 
-    def _look(self, image: content.Content) -> Found:
+    def _look(self, image: content.Content) -> manifest.DiskContents:
         """A disk that is the same as one seen before, wherever that was looked at, is not read again."""
         if not isinstance(image, content.Image):  # a retained one, which has no hashes
-            return _look(content.Reader(image))
+            return contents.of_disk(content.Reader(image))
         for glance, found in reversed(self._alike):
             if glance.holds_for(image):
                 return found
         glance = content.Glance(image)
-        found = _look(glance)
+        found = contents.of_disk(glance)
         self._alike = [*self._alike[-ALIKE + 1 :], (glance, found)]
         return found
 
@@ -103,16 +109,6 @@ class Guests:
 def _files_can_be_read() -> bool:
     """Whether the optional extra ``files`` is installed."""
     return importlib.util.find_spec("dissect") is not None
-
-
-def _look(disk: sources.Source) -> Found:
-    table = tuple(partitions.partitions(disk))
-    if not _files_can_be_read():
-        return Found(table, False)
-    if probe.probe(disk) is not None:
-        return Found(table, True)
-    plain = (part for part in table if part.kind != "extended")
-    return Found(table, any(probe.probe(sources.Window(disk, part.offset, part.length)) is not None for part in plain))
 
 
 class Volume:

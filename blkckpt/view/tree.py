@@ -267,13 +267,13 @@ def _disks(books: library.Library, guests: guest.Guests, found: library.Checkpoi
     for disk in found.manifest.disks:
         entries[f"{disk.name}.img"] = lambda disk=disk: _image(books, found, disk)  # type: ignore[misc]
         try:
-            known = guests.look(found.store, disk.image)
+            known = guests.look(found.store, disk)
         except errors.BlkckptError as error:  # a damaged image has no partitions to show; reading it says why
             logger.warning("not looked into", extra={"fields": {"image": disk.image, "error": str(error)}})
             continue
         if known.partitions:
             entries[f"{disk.name}.partitions"] = (
-                lambda disk=disk, known=known: _partitions(books, found, disk, known)  # type: ignore[misc]
+                lambda disk=disk, known=known: _partitions(books, guests, found, disk, known)  # type: ignore[misc]
             )
         if known.files:
             entries[f"{disk.name}.files"] = lambda disk=disk: _files(guests, found, disk)  # type: ignore[misc]
@@ -281,10 +281,14 @@ def _disks(books: library.Library, guests: guest.Guests, found: library.Checkpoi
 
 
 def _partitions(
-    books: library.Library, found: library.Checkpoint, disk: manifest.DiskImage, known: guest.Found
+    books: library.Library,
+    guests: guest.Guests,
+    found: library.Checkpoint,
+    disk: manifest.DiskImage,
+    known: manifest.DiskContents,
 ) -> nodes.Folder:
     entries: dict[str, Callable[[], nodes.Node]] = {
-        f"{part.number}.img": lambda part=part: _part(books, found, disk.image, (part.offset, part.length))  # type: ignore[misc]
+        f"{part[0]}.img": lambda part=part: _part(books, guests, found, disk, part)  # type: ignore[misc]
         for part in known.partitions
     }
     return nodes.Folder(found.manifest.created_ns, entries)
@@ -385,14 +389,22 @@ def _inside(
     return nodes.File(identity, size, found.manifest.created_ns, opened, count, found.store)
 
 
-def _part(books: library.Library, found: library.Checkpoint, image_id: str, place: tuple[int, int]) -> nodes.File:
+def _part(
+    books: library.Library,
+    guests: guest.Guests,
+    found: library.Checkpoint,
+    disk: manifest.DiskImage,
+    part: tuple[int, int, int],
+) -> nodes.File:
     """A range of an image: a partition."""
+    _, offset, length = part
 
     def opened() -> content.Slice:
-        return content.Slice(books.image(found.store, image_id), *place)
+        guests.check(found.store, disk, part)
+        return content.Slice(books.image(found.store, disk.image), offset, length)
 
-    identity = f"{image_id}+{place[0]}"
-    return nodes.File(identity, place[1], found.manifest.created_ns, opened, lambda: opened().used(), found.store)
+    identity = f"{disk.image}+{offset}"
+    return nodes.File(identity, length, found.manifest.created_ns, opened, lambda: opened().used(), found.store)
 
 
 def _sliced(books: library.Library, found: library.Checkpoint, ranges: Iterable[physical.Range]) -> list[content.Slice]:

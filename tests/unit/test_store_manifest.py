@@ -23,7 +23,15 @@ COUNTS = st.integers(1 << 30, 1 << 45)
 USED = st.none() | st.integers(0, 1 << 30)
 TEXT = st.text(st.characters(min_codepoint=1, max_codepoint=0xD7FF), max_size=40)
 PRINTABLE = st.from_regex(r"[ -~]{1,60}", fullmatch=True)
-DISKS = st.lists(st.builds(manifest.DiskImage, NAMES, IDS, COUNTS, USED), max_size=4, unique_by=lambda d: d.name)
+PARTITIONS = st.lists(
+    st.tuples(st.integers(1, 128), st.integers(0, 1 << 29), st.integers(0, 1 << 29)),
+    max_size=4,
+    unique_by=lambda part: part[0],
+).map(tuple)
+ON_DISK = st.builds(manifest.DiskContents, st.integers(1, 9), PARTITIONS, st.booleans())
+DISKS = st.lists(
+    st.builds(manifest.DiskImage, NAMES, IDS, COUNTS, USED, st.none() | ON_DISK), max_size=4, unique_by=lambda d: d.name
+)
 BLOCKS = st.lists(
     st.builds(manifest.RamBlock, PRINTABLE, COUNTS, st.sampled_from([4096, 2 << 20]), IDS, USED),
     max_size=4,
@@ -62,6 +70,7 @@ def test_round_trip(made: manifest.Manifest) -> None:
     data = manifest.encode(made)
     found = manifest.decode(data, "it")
     assert found == made and [one.used for one in found.parts()] == [one.used for one in made.parts()]
+    assert [disk.contents for disk in found.disks] == [disk.contents for disk in made.disks]
     assert (found.memory and found.memory.contents) == (made.memory and made.memory.contents)
     assert manifest.encode(manifest.decode(data, "it")) == data
 
@@ -121,6 +130,13 @@ BAD: list[tuple[str, Any]] = [
     ("memory__contents", {}), ("memory__contents", {"blocks": [], "state_size": 1, "state_used": 2}),
     ("memory__contents", {"blocks": [{"name": "a\nb", "size": 1}], "state_size": 1}),
     ("memory__contents", {"blocks": [{"name": "a", "size": 1, "used": 2}], "state_size": 1}),
+    ("disks__0__contents", []), ("disks__0__contents", {"rules": 1, "partitions": [], "files": 1}),
+    ("disks__0__contents", {"rules": 0, "partitions": [], "files": True}),
+    ("disks__0__contents", {"rules": 1, "partitions": [[1, 0, 2]], "files": True}),
+    ("disks__0__contents", {"rules": 1, "partitions": [[0, 0, 1]], "files": True}),
+    ("disks__0__contents", {"rules": 1, "partitions": [[1, 0, True]], "files": True}),
+    ("disks__0__contents", {"rules": 1, "partitions": [[1, -1, 1]], "files": True}),
+    ("disks__0__contents", {"rules": 1, "partitions": [[1, 0, 1], [1, 0, 1]], "files": True}),
     ("parent", "/x"), ("memory", []), ("memory__blocks", "x"), ("memory__blocks__0__page_size", 3),
     ("memory__blocks__0__page_size", 0), ("memory__blocks__0__name", "a\nb"), ("memory__blocks__0__image", None),
     ("memory__skeleton", ""), ("memory__skeleton_size", -1), ("machine", 1), ("machine__argv", [1]),
@@ -145,9 +161,9 @@ def test_what_is_used_may_be_missing() -> None:
     found = manifest.decode(fields_of(disks__0__used=0, memory__blocks__0__used=1), "it")
     assert [one.used for one in found.parts()] == [0, 1]
     assert b'"contents"' not in fields_of()
-    for change in ({}, {"memory__contents": None}):
-        memory = manifest.decode(fields_of(**change), "it").memory
-        assert memory is not None and memory.contents is None
+    for change in ({}, {"memory__contents": None, "disks__0__contents": None}):
+        plain = manifest.decode(fields_of(**change), "it")
+        assert plain.memory is not None and plain.memory.contents is None and plain.disks[0].contents is None
 
 
 def test_names_of_disks_and_blocks_are_unique() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,3 +149,65 @@ def test_timings_are_a_line_each_and_leave_nothing_to_collect(root: tree.Tree, t
     assert read(root, "web/none/timings.json") == b"{}\n"
     assert read(root, "web/some/timings.json") == b'{\n "a": 2.25,\n "b": 0.5\n}\n'
     assert not gc.collect()
+
+
+# --- what is on a disk
+
+
+def disk_of(target: store.Store, name: str = "disk", *, table: bool = True) -> manifest.DiskImage:
+    """A checkpoint of a disk with one partition of 1 MiB at 1 MiB, which holds ext2, or without a table."""
+    data = bytearray(2 << 20)
+    if table:
+        data[446:462] = struct.pack("<B3xB3xII", 0, 0x83, 2048, 2048)
+        data[510:512] = b"\x55\xaa"
+    data[(1 << 20) + 1080 : (1 << 20) + 1082] = b"\x53\xef"
+    disk = manifest.DiskImage("vda", image(target, bytes(data), "disk"), len(data))
+    target.put_manifest(manifest.Manifest("web", name, f"{len(name):032x}", 5, (disk,)))
+    return target.manifest("web", name).disks[0]
+
+
+def say(target: store.Store, told: manifest.DiskContents | None) -> None:
+    """The manifest of ``web@disk`` with other contents, as if it had been published so."""
+    one = target.manifest("web", "disk")
+    one = dataclasses.replace(one, disks=(dataclasses.replace(one.disks[0], contents=told),))
+    target.packs.backend.put("manifests/web/disk.json", manifest.encode(one))
+
+
+def on_disk(root: tree.Tree) -> list[str]:
+    node = root.find("web/disk/disks")
+    assert nodes.is_directory(node)
+    return sorted(nodes.listing(node)[0])
+
+
+def test_a_manifest_says_what_is_on_its_disks(target: store.Store) -> None:
+    assert disk_of(target).contents == manifest.DiskContents(contents.RULES, ((1, 1 << 20, 1 << 20),), True)
+    assert disk_of(target, "plain", table=False).contents == manifest.DiskContents(contents.RULES, (), False)
+    assert check.verify(target).ok
+
+
+@pytest.mark.parametrize("rules", [None, contents.RULES + 1], ids=["older", "other rules"])
+def test_a_disk_is_listed_the_same_without(root: tree.Tree, target: store.Store, rules: int | None) -> None:
+    disk_of(target)
+    new = on_disk(root)
+    assert new[:2] == ["vda.files", "vda.img"] and new[2] == "vda.partitions"
+    say(target, None if rules is None else manifest.DiskContents(rules, (), False))
+    assert on_disk(root) == new
+    assert read(root, "web/disk/disks/vda.partitions/1.img")[1080:1082] == b"\x53\xef"
+    assert check.verify(target).ok
+
+
+def test_listing_reads_no_disk(root: tree.Tree, target: store.Store) -> None:
+    target.packs.backend.delete(layout.image_key(disk_of(target).image))
+    assert on_disk(root) == ["vda.files", "vda.img", "vda.partitions"]
+    with pytest.raises(errors.NotFoundError):
+        read(root, "web/disk/disks/vda.img")
+
+
+def test_a_partition_that_a_manifest_makes_up_is_no_byte(root: tree.Tree, target: store.Store) -> None:
+    """V1: the table on the disk is asked before anything is read; verify says that the manifest is wrong."""
+    disk_of(target)
+    say(target, manifest.DiskContents(contents.RULES, ((1, 0, 1 << 20),), True))
+    with pytest.raises(errors.CorruptError, match="its manifest says"):
+        read(root, "web/disk/disks/vda.partitions/1.img")
+    report = check.verify(target)
+    assert report.problem_count == 1 and "its manifest says" in report.problems[0].what
