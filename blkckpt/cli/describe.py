@@ -11,7 +11,8 @@ from blkckpt.cli import output
 from blkckpt.store import evidence, labels, manifest
 
 KEYS = (
-    "vm, name, id, created, parent, consistency: machine|crash|filesystem, retained, notes, tags, pinned, size, "
+    "vm, name, id, created, parent, consistency: machine|crash|filesystem, retained, "
+    "group: null or {id, members: [VM@NAME], spread_ms}, notes, tags, pinned, size, "
     "boot: null or {alive, sign: agent|console|processors, seconds, when, message}, screenshot: null or {when, source, "
     "size}, "
     "disks: [{name, size, image}], memory: null or {size, state_size, blocks: [{name, size, page_size, image}]}, "
@@ -33,6 +34,7 @@ def keys(
         "parent": one.parent,
         "consistency": one.consistency,
         "retained": one.retained,
+        "group": one.group and _group(one.group),
         "notes": [*one.notes, *marked.notes],
         "tags": list(marked.tags),
         "pinned": marked.pinned,
@@ -80,6 +82,9 @@ def text(one: manifest.Manifest, marked: labels.Labels = labels.NONE, seen: evid
         head["command"] = shlex.join(one.machine.argv)
     if one.retained:
         head["retained"] = f"its disks are layers of VM {one.vm}; `blkckpt flatten {one.vm}@{one.name}` copies them"
+    if one.group:
+        apart = units.format_duration(one.group.spread)
+        head["group"] = f"{', '.join(one.group.members)}; stopped within {apart}"
     if marked.tags:
         head["tags"] = ", ".join(marked.tags)
     if marked.pinned:
@@ -150,6 +155,10 @@ def _memory(memory: manifest.MemoryImage) -> dict[str, Any]:
         for block in memory.blocks
     ]
     return {"size": _ram(memory), "state_size": memory.skeleton_size, "blocks": blocks}
+
+
+def _group(group: manifest.GroupInfo) -> dict[str, Any]:
+    return {"id": group.id, "members": list(group.members), "spread_ms": group.spread * 1000}
 
 
 def _machine(machine: manifest.MachineInfo) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from blkckpt.exchange import qemuimg
 from blkckpt.restore import disks as restored
 from blkckpt.store import ingest, layout, manifest
 from blkckpt.store import store as stores
-from blkckpt.vm import definition
+from blkckpt.vm import definition, lineage
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (disk, bytes done, bytes in all)."""
@@ -81,8 +81,18 @@ def to_checkpoint(
                 *(f"{source.name} imported from {source.path.name} ({source.format})" for source in sources),
             ),
         )
+        _leave_the_line(home, place, made)
         place.put_manifest(made)
     return made
+
+
+def _leave_the_line(home: paths.Home, place: stores.Store, made: manifest.Manifest) -> None:
+    """What the VM's disks, if it is defined here, descend from stays what it is: not *made*."""
+    vm = home.vm(made.vm)
+    if vm.root.is_dir():
+        others = [(one.created_ns, one.name) for one in place.manifests(made.vm)]
+        before = lineage.parent(made.vm, lineage.read(vm), others, made.created_ns)
+        lineage.write(vm, "" if before is None else before if "@" in before else f"{made.vm}@{before}")
 
 
 def to_vm(

@@ -102,6 +102,9 @@ def test_two_guests_are_stopped_at_the_same_time(box: guest.Sandbox, writer: gue
     assert [one["vm"] for one in taken["checkpoints"]] == ["v", "w"]
     # Whoever stopped first stood still until the last one had stopped, and some time more.
     assert max(one["stopped_ms"] for one in taken["checkpoints"]) > taken["spread_ms"] >= 0
+    shown = box.json("show", "w@both")["group"]
+    assert shown["members"] == ["v@both", "w@both"] and shown["spread_ms"] == taken["spread_ms"]
+    assert "v@both, w@both; stopped within" in box.run("show", "v@both")
     for console in (writer, second):
         console.beat()
         console.check()
