@@ -148,7 +148,8 @@ class Checkpoint:
 
     def _prepare_disks(self) -> None:
         self._progress("prepare", 0, None)
-        self._parents = self._history.disk_parents(self._control.status()["disks"])
+        self._parents, compared = self._history.disk_parents(self._control.status()["disks"])
+        self._notes += [] if self._options.retain else compared
         with self._timed("prepare"):
             self._control.prepare(self.name, retain=self._options.retain)
         self._prepared = True
@@ -398,9 +399,8 @@ class Checkpoint:
 
     def _publish(self) -> None:
         assert self._copied is not None
-        disks = tuple(
-            manifest.DiskImage(name, str(one["image"]), int(one["size"])) for name, one in sorted(self._copied.items())
-        )
+        copied = sorted(self._copied.items())
+        disks = tuple(manifest.DiskImage(name, str(one["image"]), int(one["size"])) for name, one in copied)
         consistency = "machine" if self._guest else "filesystem" if self._agent else "crash"
         built = manifest.Manifest(
             vm=self.vm.name,

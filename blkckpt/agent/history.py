@@ -21,10 +21,11 @@ class History:
         self._previous = store.manifests(vm.name)
         self._images = set(store.image_ids())
 
-    def disk_parents(self, disks: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
+    def disk_parents(self, disks: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str | None], list[str]]:
         """Each disk's previous image: the one its changed blocks are counted from, else that of the last checkpoint.
 
-        *disks* as the disk server's status has them.
+        *disks* as the disk server's status has them.  With them notes for the user: which disks are compared as a
+        whole, since nothing says what has changed on them (after an unclean stop, for example; D13).
         """
         last = {disk.name: disk for one in self._previous if not one.retained for disk in one.disks}
         found: dict[str, str | None] = {}
@@ -34,7 +35,8 @@ class History:
             fallback = before.image if before and before.size == disk["size"] else None
             chosen = since if since in self._images else fallback
             found[name] = chosen if chosen in self._images else None
-        return found
+        whole = [disk["name"] for disk in disks if found[disk["name"]] not in (None, disk.get("changed_since"))]
+        return found, [f"{name} was compared as a whole: what had changed on it was not known" for name in whole]
 
     def memory_parents(self) -> dict[str, str | None]:
         """RAM block → its image in the last checkpoint with memory."""

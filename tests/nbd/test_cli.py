@@ -279,3 +279,28 @@ def test_a_killed_supervisor(cli: Cli, web: Path) -> None:
     assert finding[0]["status"] == "warn" and "control.sock" in finding[0]["found"]
     cli.serve("web")
     assert cli.status("web")["phase"] == "rest"
+
+
+def test_a_disk_whose_changes_are_not_known_is_compared_as_a_whole(cli: Cli, web: Path) -> None:
+    """D13: said with the checkpoint.  The live map of changed blocks is gone, as after a power cut."""
+    started = cli.serve("web")
+    handle = cli.connect("web")
+    first = cli.json("checkpoint", "web", "--disk-only", "--name", "one")
+    handle.pwrite(b"y" * 8192, 65536)
+    second = cli.json("checkpoint", "web", "--disk-only", "--name", "two")
+    handle.pwrite(b"z" * 8192, 1 << 20)
+    for pid in (started["supervisor"], started["server"]):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    end = time.monotonic() + 30
+    while Path(f"/proc/{started['server']}").exists():
+        assert time.monotonic() < end, "the server was killed"
+        time.sleep(0.02)
+    shutil.rmtree(paths.home(cli.home).live)
+    cli.serve("web")
+    third = cli.json("checkpoint", "web", "--disk-only", "--name", "three")
+    fourth = cli.json("checkpoint", "web", "--disk-only", "--name", "four")
+    whole = [any("vda was compared as a whole" in note for note in one["notes"]) for one in (first, second, third)]
+    assert whole == [False, False, True] and "compared as a whole" in cli.run("show", "web@three")
+    assert not any("compared" in note for note in fourth["notes"])
+    assert 0 < third["added_bytes"] < first["added_bytes"] / 4, "only the chunk that differs is new"
