@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blkckpt.store import contents, manifest
 from blkckpt.view import partitions
 from tests.support import guestdisks
 
@@ -110,3 +111,25 @@ def test_any_bytes_are_a_list_within_the_disk(head: bytes, at: int) -> None:
     data[510:512] = b"\x55\xaa"
     for one in found(data):
         assert one.offset > 0 and one.length > 0 and one.offset + one.length <= len(data)
+    check_published(data)
+
+
+def check_published(data: bytes | bytearray) -> manifest.DiskContents:
+    """What is on the disk comes out of a manifest as it went in: nothing that a guest writes stops its checkpoint."""
+    told = contents.of_disk(guestdisks.BytesSource(data))
+    disk = manifest.DiskImage("vda", "a" * 32, len(data), contents=told)
+    made = manifest.Manifest("web", "one", "b" * 32, 5, (disk,))
+    assert manifest.decode(manifest.encode(made), "it").disks[0].contents == told
+    return told
+
+
+def test_the_longest_table_fits_into_a_manifest() -> None:
+    kind = bytes.fromhex("af3dc60f838472478e793d69d8477de4")
+    entries = struct.pack("<16s16sQQQ72s", kind, kind, 300, 301, 0, b"") * partitions.MAX_ENTRIES
+    fields = (92, 0, 0, 1, 0, 300, 301, kind, 2, partitions.MAX_ENTRIES, 128, zlib.crc32(entries))
+    header = struct.pack("<8sIIIIQQQQ16sQIII", b"EFI PART", 0x10000, *fields)
+    crc = zlib.crc32(header)
+    data = bytearray(MIB)
+    data[512 : 512 + 92] = header[:16] + struct.pack("<I", crc) + header[20:]
+    data[1024 : 1024 + len(entries)] = entries
+    assert len(check_published(data).partitions) == partitions.MAX_ENTRIES
