@@ -27,11 +27,14 @@ from blkckpt.memory import assemble, stream
 PIPE = 1 << 20
 """The largest pipe an unprivileged process gets (fs.pipe-max-size)."""
 
-TARGET = PIPE * 3 // 8
-"""Bytes a read should find: a little more than half of the pipe's slots, if they are pages."""
+TARGET = 3 / 8
+"""Of the pipe's bytes, what a read should find: a little more than half of its slots, if they are pages."""
 
 SHORTEST, LONGEST = 0.0002, 0.001
 """Seconds of a wait for the pipe to fill."""
+
+_WORTH_WAITING = PIPE // 4
+"""A smaller pipe (a user may be out of large ones) is full before any wait is over: 64 KiB with 10 pages."""
 
 BUFFER = 4 << 20
 """Room for a pipe's worth and the longest pending item; small enough to stay in the last-level cache."""
@@ -74,7 +77,8 @@ class Receiver:
         self.bytes = 0
         self.seconds = 0.0
         self._wait = SHORTEST
-        _enlarge_pipe(descriptor)
+        size = _enlarge_pipe(descriptor)
+        self._target = size * TARGET if size >= _WORTH_WAITING else 0
 
     def run(
         self, completed: Callable[[assemble.Block, int, int], None], after: Callable[[], None] = lambda: None
@@ -105,12 +109,13 @@ class Receiver:
     def _read(self, poll: select.poll, room: memoryview) -> int:
         if any(descriptor != self._descriptor for descriptor, _ in poll.poll()):
             self._cancel.check()
-        time.sleep(self._wait)
+        if self._target:
+            time.sleep(self._wait)
         try:
             count = os.readv(self._descriptor, [room])
         except OSError as error:
             raise errors.from_os_error(error, "reading the memory stream") from error
-        self._wait = min(max(self._wait * TARGET / max(count, 1), SHORTEST), LONGEST)
+        self._wait = min(max(self._wait * self._target / max(count, 1), SHORTEST), LONGEST)
         self.bytes += count
         return count
 
@@ -123,7 +128,11 @@ def poll_for(*descriptors: int) -> select.poll:
     return poll
 
 
-def _enlarge_pipe(descriptor: int) -> None:
-    """Make the pipe as large as allowed."""
+def _enlarge_pipe(descriptor: int) -> int:
+    """Make the pipe as large as allowed; its bytes, 0 if it is none."""
     with contextlib.suppress(OSError):  # not a pipe, or the user's pipes have all they may
         fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE)
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_GETPIPE_SZ)
+    except OSError:
+        return 0

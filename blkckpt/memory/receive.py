@@ -257,9 +257,12 @@ def main(control: BinaryIO, output: BinaryIO) -> int:
     reason: errors.BlkckptError | None = errors.StateError("memory receiver: nobody reads its answers")
     with contextlib.suppress(BrokenPipeError):
         reason = watch(work, control.fileno(), say)
+        if work.result is not None:
+            say({"result": work.result})  # all is durable: nobody has to wait for our end
     ended = work.stop(reason)
-    with contextlib.suppress(BrokenPipeError):
-        say({"result": work.result} if work.error is None else _error(work.error))
+    if work.error is not None:
+        with contextlib.suppress(BrokenPipeError):
+            say(_error(work.error))
     if not ended:
         os._exit(1)  # a thread hangs in the kernel; nothing of ours has a name
     return 0 if work.error is None else 1

@@ -136,6 +136,16 @@ def test_sigterm_unwinds(tmp_path: Path) -> None:
     assert (tmp_path / "cleaned").exists()
 
 
+@pytest.mark.parametrize("words", [["--help"], ["list", "--help"], ["man", "list"]], ids=" ".join)
+def test_an_output_that_takes_nothing_is_said_in_a_line(words: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        child = subprocess.run(
+            [sys.executable, "-m", "blkckpt.cli.main", *words], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert child.returncode == errors.NoSpaceError.exit_code
+    assert child.stderr.startswith("blkckpt: ") and child.stderr.count("\n") == 1
+
+
 def test_a_verb_is_imported_when_it_is_used() -> None:
     """Listing must not pay for QMP (asyncio) and what else it does not use."""
     code = "import sys; from blkckpt.cli import main; print(*{'qemu.qmp', 'asyncio'} & set(sys.modules))"
