@@ -352,7 +352,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     f6_durable, f7_flush, f8_atomic, f8_space, f9_errors,
 )  # fmt: skip
 
-SETTLED = ("            if (usec <= 0 || now_usec() >= until)\n                return 0;", "            return 1;")
+SETTLED = ("            if (spent >= usec)\n                return 0;", "            return 1;")
 MARK = "atomic_store(&file->dirty, 1);"
 FRESH = "    if (fresh)\n        change_bits(map, first, end, true);\n"
 PUT = "    if (!put(file, what, offset, until - offset))\n        return false;\n"
