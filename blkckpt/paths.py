@@ -110,9 +110,11 @@ class VmPaths:
 
 
 def home(root: str | os.PathLike[str] | None = None) -> Home:
-    """The home at *root*, else where the environment says.  Creates nothing."""
+    """The home at *root*, else where the environment says; InputError if that is a file.  Creates nothing."""
     chosen = Path(root) if root is not None else _default_root()
     chosen = Path(os.path.realpath(chosen))
+    if chosen.exists() and not chosen.is_dir():
+        raise errors.InputError(f"{chosen} is no directory; state is kept in one: --home DIR, or $BLKCKPT_HOME")
     tag = hashlib.sha256(os.fsencode(chosen)).hexdigest()[:8]
     return Home(chosen, _run_root() / tag, LIVE_ROOT / f"blkckpt-{os.geteuid()}" / tag)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import stat
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import click
 from blkckpt import errors, units
 from blkckpt.cli import names, output, session, verb
 from blkckpt.exchange import inward, qemuimg
+from blkckpt.vm import definition
 
 
 @click.command(
@@ -58,6 +62,7 @@ def command(
     arguments = names.parse_disks(images)
     if sized := next((one for one in arguments if one.size is not None), None):
         raise errors.InputError(f"an image is imported whole: leave the size at {sized.path} out")
+    _check_at_rest(ours, [one.path for one in arguments])
     began = time.monotonic()
     sources = [inward.look(one.name, one.path, kind) for one in arguments]
     with ours.reporter() as bars:
@@ -83,6 +88,34 @@ def _check_choices(wanted: names.Target, in_place: bool, directory: Path | None,
         raise errors.InputError("--note is kept with a checkpoint: --as VM@CKPT")
     if in_place and directory:
         raise errors.InputError("--in-place copies nothing to --directory; give one of them")
+
+
+def _check_at_rest(ours: session.Session, images: Sequence[Path]) -> None:
+    """Refuse a disk that a VM of ours is writing to: a copy of it would be of no one time."""
+    wanted = {known: path for path in images if (known := _identity(path)) is not None}
+    for name in ours.home.vm_names():
+        vm = ours.home.vm(name)
+        if not ours.is_running(vm):
+            continue
+        disks: Sequence[definition.DiskDefinition] = ()
+        with contextlib.suppress(errors.CorruptError):  # a damaged VM is no other import's concern
+            disks = definition.load(vm).disks
+        for disk in disks:
+            known = _identity(Path(disk.path))
+            if known in wanted:
+                raise errors.StateError(
+                    f"{wanted[known]} is disk {disk.name} of VM {name}, which runs; take a checkpoint of it instead: "
+                    f"blkckpt checkpoint {name}"
+                )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells the file at *path* from all others, whatever it is called; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
 
 def _copy(

@@ -36,4 +36,4 @@ def _keys(vm: str, name: str, marked: labels.Labels) -> dict[str, object]:
 def _text(vm: str, name: str, marked: labels.Labels) -> str:
     tags = ", ".join(marked.tags) or "no tags"
     notes = f"; {marked.notes[-1]}" if marked.notes else ""
-    return f"{vm}@{name}: {tags}{'; pinned' if marked.pinned else ''}{notes}"
+    return f"{vm}@{name}: {tags}; {'pinned' if marked.pinned else 'not pinned'}{notes}"

@@ -11,8 +11,10 @@ name is reserved, the disks are written and synced, ``vm.json``; see :mod:`blkck
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
+import struct
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -32,6 +34,10 @@ Progress = Callable[[str, int, int | None], None]
 
 _COPY = 64 << 20
 
+_QEMU_WRITES = 101
+"""The byte of an image that a QEMU which may write to it holds locked (block/file-posix.c: 100 for the permissions in
+use, and 1 for ``BLK_PERM_WRITE``)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -46,7 +52,8 @@ class Source:
 def look(name: str, path: Path, kind: str | None) -> Source:
     """Find out what *path* is; *kind* None: by its first bytes, and then it may not name a backing file."""
     found = kind or qemuimg.sniff(path)
-    if found == "raw":
+    if found == "raw":  # qemu-img looks itself, at the others
+        _check_settled(path)
         return Source(name, path, found, _check_size(path, _raw_size(path)))
     told = qemuimg.info(path, found)
     if told.backing is not None and kind is None:
@@ -138,6 +145,20 @@ def in_place(home: paths.Home, name: str, sources: Sequence[Source]) -> definiti
 
 def _make_group(vm: paths.VmPaths, made: definition.VmDefinition) -> None:
     group.DiskGroup.create(vm, made.id, [api.DiskSpec(disk.name, disk.path, disk.size) for disk in made.disks])
+
+
+def _check_settled(path: Path) -> None:
+    """Refuse an image that a QEMU writes to: a copy of it would be of no one time."""
+    descriptor = _open(path)
+    try:
+        ask = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, _QEMU_WRITES, 1, 0)
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, ask)
+    except OSError:
+        return  # a file system without locks cannot tell
+    finally:
+        os.close(descriptor)
+    if struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK:
+        raise errors.StateError(f"a running QEMU writes to {path}; stop it first, or import a copy made meanwhile")
 
 
 def _raw_size(path: Path) -> int:

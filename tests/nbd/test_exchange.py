@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import stat
@@ -327,6 +328,30 @@ def test_import(cli: Cli, tmp_path: Path, kind: str) -> None:
         cli.run("stop", f"vm{kind}")
     cli.run("vm", "rm", f"vm{kind}", "--yes")
     assert not Path(disk["path"]).exists()
+
+
+def test_a_disk_that_is_written_to_is_not_imported(cli: Cli, tmp_path: Path) -> None:
+    """By a VM of ours, under whatever name, or by somebody's QEMU: the copy would be of no one time."""
+    image, other = tmp_path / "image.raw", tmp_path / "link"
+    shutil.copy(_reference(tmp_path), image)
+    os.utime(image, (1, 1))
+    image.chmod(0o600)
+    other.symlink_to(image)
+    cli.run("import", str(image), "--as", "busy", "--in-place")
+    cli.serve("busy")
+    assert "checkpoint busy" in cli.run("import", str(other), "--as", "torn@one", code=5)
+    cli.run("stop", "busy")
+    command = ["qemu-nbd", "-f", "raw", "-k", str(tmp_path / "socket"), "--fork", "--pid-file", str(tmp_path / "pid")]
+    tool(*command, image)
+    assert "QEMU writes" in cli.run("import", str(other), "--as", "torn@one", code=5)
+    ended = os.pidfd_open(int((tmp_path / "pid").read_text()))
+    signal.pidfd_send_signal(ended, signal.SIGTERM)
+    select.select([ended], [], [], 60)
+    os.close(ended)
+    tool(*command, "--read-only", image)
+    cli.run("import", str(other), "--as", "torn@one")
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+    cli.run("vm", "rm", "busy", "--yes")
 
 
 def test_import_in_place(cli: Cli, tmp_path: Path) -> None:

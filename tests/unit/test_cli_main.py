@@ -116,6 +116,15 @@ def test_confirmation_needs_a_terminal_or_yes() -> None:
         verb.confirm("Lose it?", yes=False)
 
 
+def test_a_home_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for words, said in (["list"], 3), (["vm", "list"], 3), (["--home", str(tmp_path / "none"), "list"], 0):
+        home = [] if words[0] == "--home" else ["--home", str(tmp_path / "file")]
+        result = testing.CliRunner().invoke(main.command, [*home, *words])
+        assert result.exit_code == said, result.output
+        assert not said or ("no directory" in result.stderr and result.stderr.count("\n") == 1)
+
+
 def test_sigterm_unwinds(tmp_path: Path) -> None:
     """A terminated command runs its cleanup and says so in one line."""
     script = (

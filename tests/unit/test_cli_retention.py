@@ -88,7 +88,8 @@ def test_pins(place: store.Store) -> None:
     assert "pinned" in run("show", "web@mon")
     assert "unpin web@mon" in run("rm", "web@wed", "web@mon", "--yes", code=5)
     assert "wed" in names(place), "none is removed when one is refused"
-    run("unpin", "web@mon")
+    assert run("pin", "web@mon").endswith("; pinned\n")
+    assert run("unpin", "web@mon").endswith("; not pinned\n")
     run("rm", "web@mon", "--yes")
     assert "mon" not in names(place)
 
