@@ -16,8 +16,13 @@ MASK = SIZE - 1
 
 
 PIECE = 64 << 10
+"""Most that is copied at once behind the guest."""
+
+FOLIO = 16 << 10
 """Most that is written at once behind the guest.  Written in larger pieces a file would be in large folios of the page
-cache, where each small write of the guest later costs up to 20 us more: ext4 looks at every buffer of the folio."""
+cache, where each small write of the guest later costs up to 20 us more: ext4 looks at every buffer of the folio.  In
+folios of 16 KiB random writes of 4 KiB were as fast as in single pages, in those of 64 KiB they kept 0.75 of that.
+(After a commit beside 4 KiB writes: 1.1 of the throughput before it, not 0.9.)"""
 
 
 class Cut(NamedTuple):

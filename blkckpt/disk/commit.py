@@ -180,5 +180,7 @@ def _copy(
         for start, count in blocks.pieces(offset, length, len(scratch)):
             with whole[:count] as part:
                 view.layers[index].file.pread_into(part, start)
-                chain.write_at(view, index + 1, part, start)
+                for at, step in blocks.pieces(start, count, blocks.FOLIO):
+                    with part[at - start : at - start + step] as written:
+                        chain.write_at(view, index + 1, written, at)
             rest(count)

@@ -69,7 +69,7 @@ def _fill(gate: Gate, file: layer.Overlay, image: layer.ImageFloor, offset: int,
 def _write(file: layer.Overlay, data: bytearray, position: int, start: int, count: int) -> None:
     """Write ``data[position : position + count]`` at *start*."""
     with memoryview(data) as whole:
-        for at, step in blocks.pieces(start, count, blocks.PIECE):
+        for at, step in blocks.pieces(start, count, blocks.FOLIO):
             low = position + at - start
             with whole[low : low + step] as part:
                 file.file.pwrite(part, at)
