@@ -255,14 +255,15 @@ def main(control: BinaryIO, output: BinaryIO) -> int:
         signal.signal(number, lambda *_: work.cancel.set(stopped))
     work.start((control.fileno(), output.fileno()))
     reason: errors.BlkckptError | None = errors.StateError("memory receiver: nobody reads its answers")
+    told = False
     with contextlib.suppress(BrokenPipeError):
         reason = watch(work, control.fileno(), say)
-        if work.result is not None:
+        if told := work.result is not None:
             say({"result": work.result})  # all is durable: nobody has to wait for our end
     ended = work.stop(reason)
-    if work.error is not None:
+    if not told:  # the result may have come while it was being stopped
         with contextlib.suppress(BrokenPipeError):
-            say(_error(work.error))
+            say({"result": work.result} if work.error is None else _error(work.error))
     if not ended:
         os._exit(1)  # a thread hangs in the kernel; nothing of ours has a name
     return 0 if work.error is None else 1
