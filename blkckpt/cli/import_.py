@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import stat
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +53,8 @@ def command(
 ) -> None:
     """Import disk images: as a new VM's first disks, or straight into the store as a checkpoint.
 
-    raw, qcow2, vmdk, vdi, vhdx and vpc are read (all but raw by qemu-img). The images are not changed. An image that
+    raw, qcow2, vmdk, vdi, vhdx and vpc are read (all but raw by qemu-img). The images are not changed; one that a running VM
+    writes to is refused. An image that
     reads from a backing file is refused unless its format is given: that says that you trust it.
     """
     wanted = names.parse_vm_or_target(target)
@@ -92,7 +92,7 @@ def _check_choices(wanted: names.Target, in_place: bool, directory: Path | None,
 
 def _check_at_rest(ours: session.Session, images: Sequence[Path]) -> None:
     """Refuse a disk that a VM of ours is writing to: a copy of it would be of no one time."""
-    wanted = {known: path for path in images if (known := _identity(path)) is not None}
+    wanted = {known: path for path in images if (known := definition.identity(path)) is not None}
     for name in ours.home.vm_names():
         vm = ours.home.vm(name)
         if not ours.is_running(vm):
@@ -101,21 +101,12 @@ def _check_at_rest(ours: session.Session, images: Sequence[Path]) -> None:
         with contextlib.suppress(errors.CorruptError):  # a damaged VM is no other import's concern
             disks = definition.load(vm).disks
         for disk in disks:
-            known = _identity(Path(disk.path))
+            known = definition.identity(disk.path)
             if known in wanted:
                 raise errors.StateError(
                     f"{wanted[known]} is disk {disk.name} of VM {name}, which runs; take a checkpoint of it instead: "
                     f"blkckpt checkpoint {name}"
                 )
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells the file at *path* from all others, whatever it is called; None if there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
 
 def _copy(

@@ -11,10 +11,8 @@ name is reserved, the disks are written and synced, ``vm.json``; see :mod:`blkck
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
-import struct
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -151,13 +149,10 @@ def _check_settled(path: Path) -> None:
     """Refuse an image that a QEMU writes to: a copy of it would be of no one time."""
     descriptor = _open(path)
     try:
-        ask = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, _QEMU_WRITES, 1, 0)
-        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, ask)
-    except OSError:
-        return  # a file system without locks cannot tell
+        written = definition.is_locked(descriptor, _QEMU_WRITES, 1)
     finally:
         os.close(descriptor)
-    if struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK:
+    if written:
         raise errors.StateError(f"a running QEMU writes to {path}; stop it first, or import a copy made meanwhile")
 
 

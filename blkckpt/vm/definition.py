@@ -268,18 +268,19 @@ def _check_used_once(definition: VmDefinition, others: Iterable[VmDefinition]) -
     owners: dict[tuple[object, ...], str] = {}
     for other in others:
         for one in other.disks:
-            if identity := _identity(one.path):
-                owners[identity] = f"VM {other.name}'s disk {one.name}"
+            if known := identity(one.path):
+                owners[known] = f"VM {other.name}'s disk {one.name}"
     for one in definition.disks:
-        identity = _identity(one.path) or ("path", one.path)
-        if identity in owners:
+        known = identity(one.path) or ("path", one.path)
+        if known in owners:
             raise errors.InputError(
-                f"disk {one.name}: {one.path} is already {owners[identity]}; two disks would overwrite each other"
+                f"disk {one.name}: {one.path} is already {owners[known]}; two disks would overwrite each other"
             )
-        owners[identity] = f"disk {one.name}"
+        owners[known] = f"disk {one.name}"
 
 
-def _identity(path: str) -> tuple[object, ...] | None:
+def identity(path: str | os.PathLike[str]) -> tuple[object, ...] | None:
+    """What tells the file or device at *path* from all others, whatever it is called; None if there is none."""
     try:
         info = os.stat(path)  # noqa: PTH116
     except OSError:
@@ -287,6 +288,19 @@ def _identity(path: str) -> tuple[object, ...] | None:
     if stat.S_ISBLK(info.st_mode):
         return ("device", info.st_rdev)
     return ("file", info.st_dev, info.st_ino)
+
+
+def is_locked(descriptor: int, start: int = 0, length: int = 0) -> bool:
+    """Whether another program has locked a byte of the range (*length* 0: to the end), as QEMU does with its images.
+
+    ``F_OFD_GETLK`` of fcntl(2).  A file system without locks cannot tell: no.
+    """
+    ask = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    try:
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, ask)
+    except OSError:
+        return False
+    return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
 
 
 class _Base:
@@ -340,12 +354,7 @@ class _Base:
 
     def _check_free(self) -> None:
         """QEMU marks the images it has open with OFD locks; a second writer would destroy the disk."""
-        ask = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        try:
-            answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, ask)
-        except OSError:
-            return  # a file system without locks cannot tell
-        if struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK:
+        if is_locked(self._fd):
             raise errors.StateError(f"{self._what} is in use by another program (a running QEMU?); stop that first")
 
     def check_format(self) -> None:
