@@ -53,9 +53,9 @@ def command(
 ) -> None:
     """Import disk images: as a new VM's first disks, or straight into the store as a checkpoint.
 
-    raw, qcow2, vmdk, vdi, vhdx and vpc are read (all but raw by qemu-img). The images are not changed; one that a running VM
-    writes to is refused. An image that
-    reads from a backing file is refused unless its format is given: that says that you trust it.
+    raw, qcow2, vmdk, vdi, vhdx and vpc are read (all but raw by qemu-img). The images are not changed; one that a
+    running VM writes to is refused. An image that reads from a backing file is refused unless its format is given: that
+    says that you trust it.
     """
     wanted = names.parse_vm_or_target(target)
     _check_choices(wanted, in_place, directory, notes)
