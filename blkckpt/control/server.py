@@ -7,7 +7,7 @@ own connection only, and ``switch`` is answered by a thread that was already wai
 A connection goes through these states; every arrow out of them ends in *closed*::
 
     accepted ── uid is ours ──> silent ── hello, same version ──> greeted ── requests, one answer each …
-        │ another uid             │ anything else, or 10 s           │ bytes that are no message
+        │ another uid             │ anything else, or 5 s            │ bytes that are no message
         v                         v                                  v
      refused                   refused                            refused            (each with an error line)
 
@@ -41,7 +41,9 @@ MAX_CONNECTIONS = 32
 """An agent, a few watchers, a forgotten shell loop; each costs a thread."""
 MAX_DESCRIPTORS = 8
 """Descriptors that may wait on one connection; one message brings at most one today."""
-HELLO_SECONDS = 10.0
+HELLO_SECONDS = 5.0
+"""A hello is the first thing a client sends.  Shorter than a QMP client waits for its greeting: one that takes us
+for a monitor sees us hang up, and says so."""
 SEND_SECONDS = 10.0
 """A peer that does not read its answers for so long is dropped."""
 RECEIVE_SIZE = 64 << 10
