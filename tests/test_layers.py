@@ -37,17 +37,17 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"view.extract", "view.heatmap"}),
     frozenset({
         "store.backend", "store.codec", "store.index", "store.leaves", "store.lock", "store.reference",
-        "store.lowly",
+        "store.lowly", "agent.forked",
     }),
     frozenset({
         "disk.fileio", "disk.claim", "disk.epoch", "disk.job", "control.server", "control.client", "control.quitter",
         "vm.qmp", "vm.guestagent", "vm.dialogue",
         "store.packs", "store.pins", "store.labels", "store.evidence", "store.readahead",
-        "memory.image", "memory.generate",
+        "memory.image", "memory.generate", "agent.child",
     }),
     frozenset({
         "disk.maps", "memory.assemble", "agent.rundir", "agent.guard", "agent.turn", "agent.consistency",
-        "agent.machine", "agent.options", "agent.receiver", "agent.forked",
+        "agent.machine", "agent.options", "agent.receiver",
     }),
     frozenset({
         "disk.layer", "agent.rescue", "memory.intake", "store.images", "agent.nbdserver", "view.records",

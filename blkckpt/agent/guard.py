@@ -29,12 +29,12 @@ import contextlib
 import importlib
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import IO
 
 from blkckpt import errors
+from blkckpt.agent import child
 
 QMP = "qmp"
 GUEST_AGENT = "guest-agent"
@@ -49,18 +49,11 @@ class Guard:
     def __init__(self, kind: str, path: str, stream: int | None = None) -> None:
         """Start the process; it gets a duplicate of *stream*.  It stands when :meth:`take_charge` has returned."""
         given = [] if stream is None else [stream]
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "blkckpt.agent.guard", kind, path, *map(str, given)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=given,
-            start_new_session=True,  # a Ctrl-C on the terminal is for the agent, not for its guard
-        )
+        self._process = child.Child("blkckpt.agent.guard", [kind, path, *map(str, given)], given)
 
     def take_charge(self) -> None:
         """Wait until it stands; from here on the guest is in its charge."""
-        assert self._process.stdout is not None
-        if self._process.stdout.readline() != b"ready\n":
+        if self._process.answers.readline() != b"ready\n":
             self._process.wait(READY_TIMEOUT)
             raise errors.BlkckptError("the process that would continue the guest should we die did not start")
         self._order(b"charge\n")
@@ -77,23 +70,19 @@ class Guard:
         A guard that was never given the charge of it just ends.  Nothing happens if it has been released.
         """
         with contextlib.suppress(OSError, ValueError):
-            assert self._process.stdin is not None
-            self._process.stdin.close()
+            self._process.orders.close()
 
     def reap(self) -> None:
         """Wait for the end of a guard that has been released."""
         try:
             self._process.wait(READY_TIMEOUT)
-        except subprocess.TimeoutExpired:
+        except TimeoutError:
             self._process.kill()
-            self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        self._process.close()
 
     def _order(self, line: bytes) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line)
-        self._process.stdin.flush()
+        self._process.orders.write(line)
+        self._process.orders.flush()
 
 
 def main(arguments: Sequence[str], orders: IO[bytes], answers: IO[bytes]) -> int:
@@ -103,6 +92,7 @@ def main(arguments: Sequence[str], orders: IO[bytes], answers: IO[bytes]) -> int
     kind, path, *rest = arguments
     with contextlib.suppress(BrokenPipeError):  # the agent is dead already: its guest is ours at once
         answers.write(b"ready\n")
+        answers.flush()
     if orders.readline() != b"charge\n" or orders.readline() == b"released\n":
         return 0
     rescue: Callable[[str, str, int | None], bool] = importlib.import_module("blkckpt.agent.rescue").rescue
@@ -110,5 +100,4 @@ def main(arguments: Sequence[str], orders: IO[bytes], answers: IO[bytes]) -> int
 
 
 if __name__ == "__main__":
-    with os.fdopen(0, "rb") as standard_input, os.fdopen(1, "wb", buffering=0) as standard_output:
-        sys.exit(main(sys.argv[1:], standard_input, standard_output))
+    sys.exit(main(sys.argv[1:], os.fdopen(0, "rb", buffering=0), os.fdopen(1, "wb")))

@@ -1,7 +1,7 @@
 """The agent's end of the memory receiver (:mod:`blkckpt.memory.receive`, where the protocol is described).
 
-The child gets the read end of the stream's pipe, and then its job; a thread takes its answers.  It lives in a session
-of its own, so that a Ctrl-C on the terminal is the agent's to handle; the end of its standard input ends it.
+The child gets the read end of the stream's pipe, and then its job; a thread takes its answers.  The end of its orders
+ends it.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ import contextlib
 import fcntl
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blkckpt import childenv, errors
+from blkckpt import errors
+from blkckpt.agent import child
 from blkckpt.control import wire
 from blkckpt.store import manifest
 
@@ -95,14 +94,7 @@ class Receiver:
         with contextlib.suppress(OSError):  # the limit of unprivileged users; the default works too
             fcntl.fcntl(self.sink, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "blkckpt.memory.receive"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                pass_fds=[self.stream],
-                env=childenv.computing(),
-                start_new_session=True,
-            )
+            self._process = child.Child("blkckpt.memory.receive", kept=[self.stream])
         except BaseException:
             os.close(self.stream)
             os.close(self.sink)
@@ -119,9 +111,8 @@ class Receiver:
         self._begun = True
         self._thread.start()
         try:
-            assert self._process.stdin is not None
-            self._process.stdin.write(job.encode(self.stream))
-            self._process.stdin.flush()
+            self._process.orders.write(job.encode(self.stream))
+            self._process.orders.flush()
         except BaseException:
             self.stop()
             raise
@@ -132,7 +123,7 @@ class Receiver:
             return
         self._begun = True
         self._process.kill()  # it has nothing
-        self._process.communicate()
+        self._process.close()
         os.close(self.stream)
         os.close(self.sink)
 
@@ -147,16 +138,13 @@ class Receiver:
     def stop(self) -> None:
         """End it; what is not finished is gone.  Idempotent."""
         with contextlib.suppress(OSError):
-            assert self._process.stdin is not None
-            self._process.stdin.close()
+            self._process.orders.close()
         try:
             self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
+        except TimeoutError:
             self._process.kill()
-            self._process.wait()
         self._thread.join()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        self._process.close()
 
     def _listen(self) -> None:
         try:
@@ -169,8 +157,7 @@ class Receiver:
         self._ended.set()
 
     def _take_answers(self) -> None:
-        assert self._process.stdout is not None
-        while line := self._process.stdout.readline(MAX_LINE):
+        while line := self._process.answers.readline(MAX_LINE):
             try:
                 message = json.loads(line)
                 kind, body = next(iter(message.items()))

@@ -1,6 +1,6 @@
 """The memory receiver: a child process that takes QEMU's stream in at full speed.
 
-``python -m blkckpt.memory.receive``, with the stream's descriptor inherited.
+``python -m blkckpt.memory.receive``, or a fork of its driver, with the stream's descriptor inherited.
 
 Standard input: one line, the job::
 
@@ -48,7 +48,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from blkckpt import errors, paths
 from blkckpt.memory import apart, assemble, feed, image, intake
@@ -237,8 +237,8 @@ def watch(work: Work, control: int, say: Callable[[dict[str, Any]], None]) -> er
             before = progress
 
 
-def main(control: BinaryIO, output: BinaryIO) -> int:
-    """Do one job; the exit status."""
+def main(_: Sequence[str], control: IO[bytes], output: IO[bytes]) -> int:
+    """Do one job; the exit status.  *control* is not buffered."""
 
     def say(message: dict[str, Any]) -> None:
         output.write(json.dumps(message).encode() + b"\n")
@@ -277,5 +277,5 @@ def _error(error: BaseException) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with open(0, "rb", buffering=0, closefd=False) as standard_input:
-        status = main(standard_input, sys.stdout.buffer)
+        status = main([], standard_input, sys.stdout.buffer)
     os._exit(status)  # all is flushed and closed; to take the interpreter down would cost the guest 40 ms of processor

@@ -77,7 +77,7 @@ def test_an_interrupted_checkpoint_leaves_nothing(
     assert said.count("\n") == 1
     wait(lambda: phase(box) == "rest")
     assert names(box) == before
-    assert not box.find("blkckpt.memory.receive") and not box.find("blkckpt.store.ingest")
+    assert not box.find("memory.receive") and not box.find("blkckpt.store.ingest")
     assert not (paths.home(box.home).vm("v").memory / "never").exists()
     assert writer.sweep() == 0, writer.complaints()
 

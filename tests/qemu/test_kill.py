@@ -106,7 +106,7 @@ def check_no_residue(box: guest.Sandbox) -> None:
     overlays = [path.name for path in vm.layers.rglob("*") if path.is_file() and "overlay" in path.name]
     assert not overlays, f"layers left behind: {overlays}"
     assert not box.find("blkckpt.store.ingest"), "a copier is left"
-    assert not box.find("blkckpt.memory.receive"), "a memory receiver is left"
+    assert not box.find("memory.receive"), "a memory receiver is left"
 
 
 def check_well(box: guest.Sandbox, console: guest.Console) -> None:

@@ -390,7 +390,7 @@ class Sandbox:
         self.run("vm", "rm", name, "--yes")
 
     def processes(self) -> dict[int, str]:
-        """Every process whose environment or command line names this home: pid → command line."""
+        """Every process whose environment or command line names this home: pid → its name and command line."""
         found = {}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -399,13 +399,14 @@ class Sandbox:
                 text = (entry / "cmdline").read_bytes()
                 named = str(self.home).encode() in text + (entry / "environ").read_bytes()
                 if named or str(self.serial.path).encode() in text:
-                    found[int(entry.name)] = text.replace(b"\0", b" ").decode(errors="replace")
+                    words = (entry / "comm").read_bytes().strip() + b" " + text.replace(b"\0", b" ")
+                    found[int(entry.name)] = words.decode(errors="replace")
             except OSError:
                 continue
         return found
 
     def find(self, *patterns: str) -> list[int]:
-        """The pids of this home's processes whose command line matches every one of *patterns*."""
+        """The pids of this home's processes whose name and command line match every one of *patterns*."""
         return [pid for pid, text in self.processes().items() if all(re.search(p, text) for p in patterns)]
 
     def close(self) -> None:
