@@ -30,6 +30,7 @@ from blkckpt import errors, log, paths
 from blkckpt.control import quitter, server, service
 from blkckpt.disk import api, disk, fastpath, group
 from blkckpt.disk import format as formats
+from blkckpt.store import lowly
 from blkckpt.vm import definition, unfinished
 
 PARAMETERS: Final = {
@@ -127,7 +128,7 @@ class Host:
         self._quitter.start()
         disks.start(FILL_AFTER)
         identity = service.Identity(self._vm.name, f"blkckpt {blkckpt.__version__}")
-        command = (self._python, "-P", "-m", "blkckpt.store.ingest")
+        command = lowly.command(self._python, "blkckpt.store.ingest")
         self._service = service.Service(identity, disks, command, self._quitter.quit)
         self._server = server.Server(self._listener, self._service)
         self._server.start()

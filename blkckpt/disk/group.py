@@ -37,12 +37,13 @@ from blkckpt.disk import barrier as barriers
 from blkckpt.disk import format as formats
 from blkckpt.disk import job as jobs
 from blkckpt.disk import states as saved
+from blkckpt.store import lowly
 
 _log = log.get(__name__)
 State = api.State
 Stage = rounds.Stage
 STOP_SECONDS = 30.0
-COPY_COMMAND = (sys.executable, "-P", "-m", "blkckpt.store.ingest")
+COPY_COMMAND = lowly.command(sys.executable, "blkckpt.store.ingest")
 
 
 class DiskGroup:

@@ -1,8 +1,8 @@
-"""The copy child (step 830): ``python -m blkckpt.store.ingest`` reads a disk's frozen layers into an image.
+"""The copy child (step 830), which reads a disk's frozen layers into an image.
 
-One job, one line of JSON on standard input, which stays open: its end means that the parent has gone or wants an
-end, as SIGTERM does.  The descriptors are inherited.  The job and the answers are described in
-:mod:`blkckpt.disk.copier`; layers in :mod:`blkckpt.store.frozen`.
+``python -m blkckpt.store.lowly blkckpt.store.ingest``.  One job, one line of JSON on standard input, which stays open:
+its end means that the parent has gone or wants an end, as SIGTERM does.  The descriptors are inherited.  The job and
+the answers are described in :mod:`blkckpt.disk.copier`; layers in :mod:`blkckpt.store.frozen`.
 
 What is read:
 
@@ -36,7 +36,7 @@ from typing import IO, Any
 import numpy as np
 
 from blkckpt import errors, log
-from blkckpt.store import frozen, images, layout, lowly, reference, store
+from blkckpt.store import frozen, images, layout, reference, store
 
 _INTERVAL = 0.2
 """Seconds between progress lines."""
@@ -312,7 +312,6 @@ def _watch_input(descriptor: int) -> None:
 def main() -> int:
     """Read the job, do it, say how it went; the exit status is 0 or 1."""
     log.setup()
-    lowly.give_way()
     out = sys.stdout.buffer
     try:
         signal.signal(signal.SIGTERM, _stop)

@@ -4,14 +4,19 @@ Nice 19 alone is not enough: where guest, disk server and this share the process
 it keeps it for 3 ms (``base_slice_ns``), for which a request of the guest waits.  So it also does not preempt when it
 wakes up (``SCHED_BATCH``), and asks for slices of 0.1 ms (``sched_runtime`` of sched_setattr(2), Linux 6.12 and later).
 Not ``SCHED_IDLE``: on a machine whose processors are all busy the work would never end.
+
+``python -m blkckpt.store.lowly MODULE`` runs the module's ``main`` so, from its imports on, which take 0.2 s of
+processor time, while QEMU wants it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import os
 import platform
+import sys
 
 NICE = 19
 SLICE_NS = 100_000
@@ -38,3 +43,13 @@ def give_way() -> None:
     if number is not None:  # an older kernel takes no notice of the slice
         wanted = _Attributes(size=ctypes.sizeof(_Attributes), policy=os.SCHED_BATCH, nice=os.nice(0), runtime=SLICE_NS)
         ctypes.CDLL(None).syscall(number, 0, ctypes.byref(wanted), 0)
+
+
+def command(python: str, module: str) -> tuple[str, ...]:
+    """The command that has the interpreter *python* run *module* as a process that gives way."""
+    return (python, "-P", "-m", __name__, module)
+
+
+if __name__ == "__main__":
+    give_way()
+    sys.exit(importlib.import_module(sys.argv[1]).main())

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from blkckpt import errors
-from blkckpt.store import frozen, ingest, layout, store
+from blkckpt.store import frozen, ingest, layout, lowly, store
 
 BLOCK = frozen.BLOCK
 SIZES = [1, BLOCK, 3 * BLOCK + 512, layout.CHUNK, 5 * layout.CHUNK + 777, 40 << 20]
@@ -109,7 +109,7 @@ def job(made: Layers, target: Path, **more: object) -> dict[str, Any]:
 
 def start(described: Mapping[str, Any], descriptors: list[int]) -> subprocess.Popen[bytes]:
     child = subprocess.Popen(
-        [sys.executable, "-m", "blkckpt.store.ingest"],
+        lowly.command(sys.executable, "blkckpt.store.ingest"),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=descriptors,
     )  # fmt: skip
     assert child.stdin

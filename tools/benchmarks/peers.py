@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks import context
-from blkckpt.store import frozen, manifest, store
+from blkckpt.store import frozen, lowly, manifest, store
 
 OURS, BY_MAP, BORG, RESTIC = "blkckpt", "blkckpt, by the map", "borg", "restic"
 PACKAGES = {BORG: "borgbackup", RESTIC: "restic"}
@@ -140,7 +140,7 @@ class Blkckpt:
                 "store": str(self._root / "store"), "parent": self._parent, "rate": None, "label": "bench",
             }  # fmt: skip
             child = subprocess.Popen(
-                [sys.executable, "-m", "blkckpt.store.ingest"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                lowly.command(sys.executable, "blkckpt.store.ingest"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 pass_fds=[source.fileno(), marked.fileno()],
             )  # fmt: skip
             assert child.stdin is not None and child.stdout is not None
