@@ -20,7 +20,6 @@ import dataclasses
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from blkckpt import errors, paths
 from blkckpt.agent import consistency, early, guard, history, machine, options, plan, receiver, turn
 from blkckpt.control import client, messages
 from blkckpt.disk import barrier
-from blkckpt.store import evidence, keeping, manifest
+from blkckpt.store import contents, evidence, keeping, manifest
 from blkckpt.store import store as stores
 from blkckpt.vm import guestagent, qmp, screen
 
@@ -82,7 +81,7 @@ class Checkpoint:
         self._timings: dict[str, float] = {}
         self._begun: dict[str, float] = {}
         self._notes = list(options.notes)
-        self._id = uuid.uuid4().hex
+        self._id = os.urandom(16).hex()
         self._info: manifest.MachineInfo | None = None
         ram = guest.ram_size if guest else 0
         self._arm_seconds = min(messages.MAX_DEADLINE, ARM_SECONDS + ARM_SECONDS_PER_GIB * (ram >> 30))
@@ -317,7 +316,7 @@ class Checkpoint:
         self._begun["copy"] = time.monotonic()
         place = self._store.path.resolve()
         if self._options.retain:
-            images = {name: uuid.uuid4().hex for name in self._control.welcome.disks}
+            images = {name: os.urandom(16).hex() for name in self._control.welcome.disks}
             self._copy = self._control.retain(place, self._id, images)
         else:
             self._copy = self._control.copy(place, self._parents, self._options.rate)
@@ -335,6 +334,7 @@ class Checkpoint:
                 self._notes.append(f"no screenshot: {error}")
 
     def _await_memory(self) -> None:
+        contents.prepare()
         self._pump(lambda: self._received is not None)
 
     def _end_turn(self) -> None:

@@ -17,8 +17,8 @@ The *spread* is the time from the first guest's stop to the last one's, by QEMU'
 
 from __future__ import annotations
 
+import secrets
 import threading
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 
 from blkckpt import errors
@@ -40,7 +40,7 @@ class Meeting:
 
     def __init__(self, members: Sequence[str]) -> None:
         """*members*: ``VM@NAME`` of each."""
-        self.id = uuid.uuid4().hex
+        self.id = secrets.token_hex(16)
         self._members = tuple(members)
         self._barrier = threading.Barrier(len(members))
         self._lock = threading.Lock()

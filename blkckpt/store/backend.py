@@ -40,7 +40,7 @@ _OPEN_FILES = 128
 """Descriptors of objects kept open for reading."""
 
 _BUFFER = 4 << 20
-_SYNC_EVERY = 64 << 20
+_SYNC_EVERY = 16 << 20
 """Bytes after which a large object is synced while more of it arrives: what a device has in its volatile cache takes
 as long to flush as to write (512 MiB: 0.7 s), and whoever waits for the object would wait for that."""
 _ALIGN = 4096

@@ -6,22 +6,31 @@ Read once, when the checkpoint is published: whoever lists checkpoints then need
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from blkckpt import errors, lazy
-from blkckpt.memory import skeleton
 from blkckpt.store import images, manifest
 from blkckpt.view import source as sources
 
+_LATER = ("blkckpt.memory.skeleton", "blkckpt.view.partitions", "blkckpt.view.probe")
+
 if TYPE_CHECKING:
+    from blkckpt.memory import skeleton
     from blkckpt.view import partitions, probe
 else:
-    partitions, probe = lazy.Module("blkckpt.view.partitions"), lazy.Module("blkckpt.view.probe")
+    skeleton, partitions, probe = map(lazy.Module, _LATER)
 
 RULES = 1
 """What partitions and file systems are told by.  Who changes :mod:`partitions` or :mod:`probe` so that they may tell
 something else of the same disk counts this up: what was looked at by other rules is looked at again."""
+
+
+def prepare() -> None:
+    """Load now what looking takes: who has to wait for something else anyway saves the time for it later."""
+    for module in _LATER:
+        importlib.import_module(module)
 
 
 def on_disk(image: images.ImageReader) -> manifest.DiskContents | None:

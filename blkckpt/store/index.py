@@ -1,10 +1,10 @@
 """The deduplication index: hash → place, in SQLite.  A cache: delete it at any time.
 
-The database is ``index/<number>.sqlite``; the highest number counts.  Rows are added when a pack has been sealed, in
-one transaction a pack.  When a store is first written to, the packs it lacks are added from their own indexes
-(:meth:`ChunkIndex.reconcile`), which also heals what a killed writer left out.  A rebuilt index gets the next number
-and is renamed into place complete, so that nobody's write-ahead log ever meets another database; who still has the
-old one open goes on with it and merely finds fewer duplicates.
+The database is ``index/<number>.sqlite``; the highest number counts.  Rows are added while a pack is made durable, in
+one transaction a pack, and count from when it is in the store.  When a store is first written to, the packs it lacks
+are added from their own indexes (:meth:`ChunkIndex.reconcile`), which also heals what a killed writer left out.  A
+rebuilt index gets the next number and is renamed into place complete, so that nobody's write-ahead log ever meets
+another database; who still has the old one open goes on with it and merely finds fewer duplicates.
 
 Nothing here is believed (rule S4): every row carries a crc32 of its columns, and a hit counts only when its pack is
 in the store and long enough.  A database that SQLite finds malformed is set aside and made anew.
@@ -76,12 +76,21 @@ class ChunkIndex:
     def add(self, pack: int, size: int, records: layout.Array, *, prefer: bool = False) -> None:
         """Remember the chunks of a sealed pack; the first place of a chunk stays, unless this one is to be preferred
         (the other will be deleted)."""
+        self.enter(pack, size, records, prefer=prefer)
+        self.admit(pack, size)
+
+    def enter(self, pack: int, size: int, records: layout.Array, *, prefer: bool = False) -> None:
+        """The first half of :meth:`add`, for a pack that is being made durable: its chunks are not found yet."""
         with self._lock:
-            self._sizes[pack] = size
             try:
                 self._insert(self._connect(), pack, size, records, prefer=prefer)
             except sqlite3.DatabaseError as error:
                 self._discard(error)
+
+    def admit(self, pack: int, size: int) -> None:
+        """The second half: the pack is in the store."""
+        with self._lock:
+            self._sizes[pack] = size
 
     def drop(self, packs: Iterable[int]) -> None:
         """Forget packs that are being deleted (in one pass over the table: they are not indexed by pack)."""

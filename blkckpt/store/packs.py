@@ -95,10 +95,19 @@ class PackWriter:
 
     def seal(self) -> SealedPack:
         """Write the index, make the pack durable and visible."""
+        sealed = self.complete()
+        self.commit()
+        return sealed
+
+    def complete(self) -> SealedPack:
+        """Write the index, after which only :meth:`commit` is left; the pack as it will be then."""
         records = np.frombuffer(self._records, layout.RECORD_TYPE)
         self._file.append([layout.encode_index(self.pack, records, self._file.size, self._packs.codec.digest)])
-        self._file.commit()
         return SealedPack(self.pack, self._file.size, records)
+
+    def commit(self) -> None:
+        """Make a complete pack durable and visible."""
+        self._file.commit()
 
     def abort(self) -> None:
         self._file.abort()

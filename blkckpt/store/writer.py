@@ -115,7 +115,7 @@ class ImageWriter:
         self._open = True
         self._pack: packs.PackWriter | None = None
         self._recent: tuple[dict[bytes, bytes], ...] = ({},)
-        self._sealer = futures.ThreadPoolExecutor(1, "blkckpt-seal")
+        self._sealer = futures.ThreadPoolExecutor(2, "blkckpt-seal")  # one makes durable, one tells the index
         self._sealing: list[futures.Future[None]] = []
         self._zero_chunks = self._data_chunks = self._new_chunks = self._new_bytes = 0
         self._begun = time.monotonic()
@@ -389,12 +389,17 @@ class ImageWriter:
 
     def _make_durable(self, pack: packs.PackWriter, known: dict[bytes, bytes]) -> None:
         try:
-            sealed = pack.seal()
+            sealed = pack.complete()
+            entering = self._sealer.submit(self._index.enter, sealed.pack, sealed.size, sealed.records)
+            try:
+                pack.commit()
+            finally:
+                entering.result()
         except BaseException:
             pack.abort()
             raise
         self._new_bytes += sealed.size
-        self._index.add(sealed.pack, sealed.size, sealed.records)
+        self._index.admit(sealed.pack, sealed.size)
         self._recent = tuple(entries for entries in self._recent if entries is not known)
 
     def _used(self) -> int | None:
