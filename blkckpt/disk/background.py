@@ -99,7 +99,8 @@ class Emptier:
                 state = item.without(overlay)
                 self._states.replace({state.name: state})
 
-        patiently(commit, f"committing disk {item.disk.name}", self._warn, self._stop)
+        with pace:
+            patiently(commit, f"committing disk {item.disk.name}", self._warn, self._stop)
         item.forget(overlay, self._stop)
 
 
@@ -152,4 +153,6 @@ class Filler:
             return state
 
         doing = f"filling disk {item.disk.name} from its checkpoint"
-        item.drop_source(patiently(fill, doing, self._warn, stop), stop)
+        with pace:
+            state = patiently(fill, doing, self._warn, stop)
+        item.drop_source(state, stop)

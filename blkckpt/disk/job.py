@@ -6,10 +6,10 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from blkckpt import errors, log
-from blkckpt.disk import api
+from blkckpt.disk import api, brisk
 
 _log = log.get(__name__)
 
@@ -154,7 +154,14 @@ class Pace:
         self._rate = rate
         self._seen = activity()
         self._moved = 0
+        self._brisk = brisk.Brisk()
         self._began = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._brisk.set(False)
 
     def check(self) -> None:
         """Raise :class:`errors.StateError` if the work is to stop."""
@@ -167,8 +174,9 @@ class Pace:
         worked = time.monotonic() - self._began
         if worked < self.SLICE:
             return
-        seen = self._activity()
-        pause = min(worked * self._rests, self._moved / self.FLOOR) if seen != self._seen else 0.0
+        active = self._activity() != self._seen
+        self._brisk.set(active)
+        pause = min(worked * self._rests, self._moved / self.FLOOR) if active else 0.0
         if self._rate:
             pause = max(pause, self._moved / self._rate - worked)
         if pause > 0:

@@ -12,37 +12,21 @@ processor time, while QEMU wants it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import os
-import platform
 import sys
+
+from blkckpt import scheduling
 
 NICE = 19
 SLICE_NS = 100_000
-
-_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
-
-
-class _Attributes(ctypes.Structure):
-    """``struct sched_attr``, first version."""
-
-    _fields_ = (
-        ("size", ctypes.c_uint32), ("policy", ctypes.c_uint32), ("flags", ctypes.c_uint64), ("nice", ctypes.c_int32),
-        ("priority", ctypes.c_uint32), ("runtime", ctypes.c_uint64), ("deadline", ctypes.c_uint64),
-        ("period", ctypes.c_uint64),
-    )  # fmt: skip
 
 
 def give_way() -> None:
     """From now on this thread, and threads and processes that it starts, are of the lowest priority."""
     os.nice(max(NICE - os.nice(0), 0))
     with contextlib.suppress(OSError):  # a sandbox may forbid it
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    number = _SCHED_SETATTR.get(platform.machine())
-    if number is not None:  # an older kernel takes no notice of the slice
-        wanted = _Attributes(size=ctypes.sizeof(_Attributes), policy=os.SCHED_BATCH, nice=os.nice(0), runtime=SLICE_NS)
-        ctypes.CDLL(None).syscall(number, 0, ctypes.byref(wanted), 0)
+        scheduling.set_thread(os.SCHED_BATCH, os.nice(0), SLICE_NS)
 
 
 def command(python: str, module: str) -> tuple[str, ...]:
