@@ -9,6 +9,7 @@
 ``receiver``        our end of the memory receiver, a child process
 ``turn``            whose turn it is at the guest
 ``consistency``     checkpoints of several VMs, all stopped at the same time: where their runners meet
+``child``           how both children are started (``early``, before the agent is loaded; ``forked``)
 ``guard``           the child that continues a guest whose agent was killed (with ``rescue``)
 ``supervisor``      runs a VM: nbdkit and QEMU (with ``nbdserver``, ``template``, ``qemuargs``, ``rundir``)
 ``forget``          removes a VM
@@ -38,7 +39,7 @@ that stand for them are put (:func:`blkckpt.store.keeping.refer`), then the mani
 Crash windows (of the agent, or all of it at once):
 
 * Before the manifest: the control connection ends, so the disk server commits the overlays back (D7); the receiver
-  sees its standard input end, and goes; QEMU's pipe breaks and the migration fails; if the guest is stopped the guard
+  sees its orders end, and goes; QEMU's pipe breaks and the migration fails; if the guest is stopped the guard
   continues it.  Images without a manifest are garbage in the store.  Old migration settings are not put back; the
   next checkpoint knows ours when it finds them.
 * Agent and guard at once, while memory is saved: QEMU sees its stream broken and leaves the guest write-protected.  The
