@@ -153,6 +153,4 @@ class Filler:
             return state
 
         doing = f"filling disk {item.disk.name} from its checkpoint"
-        with pace:
-            state = patiently(fill, doing, self._warn, stop)
-        item.drop_source(state, stop)
+        item.drop_source(patiently(fill, doing, self._warn, stop), stop)

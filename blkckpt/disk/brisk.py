@@ -1,6 +1,6 @@
 """Work in short pieces that is not interrupted, since requests of the guest may be waiting for it.
 
-Who commits or fills holds locks that the guest's requests take too: an inode's while it writes, the interpreter's.
+Who commits holds locks that the guest's requests take too: an inode's while it writes, the interpreter's.
 Where guest, server and this share the processors, it was preempted there, and all of them waited until its turn came
 again: 3 ms.  So it asks to be run soon and for 0.1 ms at a time, and has a high priority where that is permitted
 (root, ``CAP_SYS_NICE``, ``RLIMIT_NICE``).  Beside a commit on two processors the 99th percentile of a guest's writes

@@ -154,14 +154,16 @@ class Pace:
         self._rate = rate
         self._seen = activity()
         self._moved = 0
-        self._brisk = brisk.Brisk()
+        self._brisk: brisk.Brisk | None = None
         self._began = time.monotonic()
 
     def __enter__(self) -> Self:
+        self._brisk = brisk.Brisk()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._brisk.set(False)
+        if self._brisk is not None:
+            self._brisk.set(False)
 
     def check(self) -> None:
         """Raise :class:`errors.StateError` if the work is to stop."""
@@ -175,7 +177,8 @@ class Pace:
         if worked < self.SLICE:
             return
         active = self._activity() != self._seen
-        self._brisk.set(active)
+        if self._brisk is not None:
+            self._brisk.set(active)
         pause = min(worked * self._rests, self._moved / self.FLOOR) if active else 0.0
         if self._rate:
             pause = max(pause, self._moved / self._rate - worked)
