@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent import futures
 
@@ -48,17 +49,23 @@ class Guest:
         return self._requests
 
 
-def test_work_beside_an_active_guest_is_brisk_and_calm_beside_an_idle_one() -> None:
+def test_work_beside_an_active_guest_is_brisk_and_calm_beside_an_idle_one(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = os.nice(0)
     raised = brisk.NICE if usual <= 0 and permitted() else usual
-    guest = Guest()
+    guest, now = Guest(), 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
 
     def work() -> None:
+        nonlocal now
         with job.Pace(threading.Event(), guest, rests=0.001) as pace:
             pace.SLICE = 0  # every piece is followed by a rest
             pace.rest(1)
             assert os.nice(0) == raised
             guest.active = False
+            now += job.Pace.IDLE / 2
+            pace.rest(1)
+            assert os.nice(0) == raised, "it may have waited for a processor"
+            now += job.Pace.IDLE / 2
             pace.rest(1)
             assert os.nice(0) == usual
             guest.active = True
