@@ -26,7 +26,7 @@ from blkckpt import durable, errors
 
 VARIABLE = "BLKCKPT_FAST_PATH"
 OFF = frozenset({"off", "0", "no", "false"})
-SOURCES = ("core.h", "core.c", "filter.c")
+SOURCES = ("core.h", "core.c", "filter.c", "wire.h", "wire.c", "interpose.c")
 FLAGS = ("-std=c11", "-O2", "-g", "-Wall", "-Wextra", "-fPIC", "-shared", "-pthread")
 BUILD_SECONDS = 120.0
 ADVICE = "apt install gcc libc6-dev nbdkit-plugin-dev, then blkckpt doctor --fix"

@@ -4,7 +4,8 @@ What nbdkit gets from us, and why:
 
 * Both listening sockets, as descriptors: 3 is the NBD socket (``LISTEN_FDS=1``), 4 the control socket
   (``control_fd=4``).  They stay open here, so clients that connect while no nbdkit runs wait in their queues.
-* ``LISTEN_PID`` must be nbdkit's own pid, known only after the fork: a one-line shell sets it and execs.
+* ``LISTEN_PID`` must be nbdkit's own pid, known only after the fork: a one-line shell sets it, and what belongs to
+  nbdkit's environment alone, and execs.
 * A clean environment.  Its interpreter takes ``sys.prefix`` from the first ``python3`` on ``PATH``: an activated
   environment would silently change what can be imported.
 * ``--exit-with-parent``: when the supervisor dies, nbdkit stops cleanly.  The kernel watches the *thread* that
@@ -13,7 +14,8 @@ What nbdkit gets from us, and why:
   queued, taking every disk with it.
 * Its own process group: Ctrl-C is for the supervisor, which stops things in order.
 * The fast path (:mod:`blkckpt.agent.fastfilter`), when one is built for this nbdkit and not switched off: as a filter,
-  and its path as a parameter, by which the plugin finds the loaded instance.
+  preloaded (``LD_PRELOAD``), since it stands in for some of libc's socket functions too, and its path as a parameter,
+  by which the plugin finds the loaded instance.
 
 It can be started *early* (:meth:`NbdServer.early`), before its VM exists: it loads its interpreter, the plugin and
 what reads a store, which takes longer than making the VM, and waits on descriptor 5 (``start_fd=5``).  Its two
@@ -245,13 +247,13 @@ class NbdServer:
             mine.close()
 
     def _spawn(self, output: int, more: Sequence[int] = ()) -> None:
-        command = serving(self.vm.run.parent, self._plugin)
+        command, preload = serving(self.vm.run.parent, self._plugin)
         command += [f"home={self.vm.root.parent.parent}", f"vm={self.vm.name}", "control_fd=4"]
         if more:
             command.append("start_fd=5")
         with open(os.devnull, "rb") as null:
             sources = [null.fileno(), output, output, self._nbd.fileno(), self._control.fileno(), *more]
-            self.pid = spawn(command, sources)
+            self.pid = spawn(command, sources, preload=preload)
         self.pidfd, self._adopted = os.pidfd_open(self.pid), False
 
     def wait_ready(self, deadline: float = READY_SECONDS, interrupt: int | None = None) -> messages.Welcome:
@@ -340,25 +342,36 @@ def failure(said: bytes, path: Path, what: str) -> errors.BlkckptError:
     return errors.BlkckptError(f"{what} ended: {last[:300]} (see {path})")
 
 
-def serving(run: Path, plugin: Path) -> list[str]:
-    """The beginning of nbdkit's command line with *plugin*, for any VM of the home whose run directory is *run*."""
+def serving(run: Path, plugin: Path) -> tuple[list[str], Path | None]:
+    """The beginning of nbdkit's command line with *plugin*, for any VM of the home whose run directory is *run*.
+
+    And what has to be preloaded.
+    """
     program = probe(paths.private_directory(run.parent))  # the same for every home
     check_interpreter(program)
     fast = fast_path(program)
-    return [
+    command = [
         program.path, "--exit-with-parent", "--foreground", "--log=stderr", *program.options,
         *([] if fast is None else [f"--filter={fast}"]),
         "python", str(plugin), f"python={sys.executable}", f"site={sysconfig.get_path('purelib')}",
         *([] if fast is None else [f"fast={fast}"]),
     ]  # fmt: skip
+    return command, fast
 
 
-def spawn(command: Sequence[str], descriptors: Sequence[int], *, session: bool = False) -> int:
+def spawn(
+    command: Sequence[str], descriptors: Sequence[int], *, session: bool = False, preload: Path | None = None
+) -> int:
     """Start nbdkit with *descriptors* as its 0, 1, 2 …, of which 3 is the listening NBD socket; returns its pid.
 
-    In a process group of its own, or in a *session* of its own to outlive this terminal.
+    In a process group of its own, or in a *session* of its own to outlive this terminal.  *preload* comes last in
+    ``LD_PRELOAD``, whose separators (``ld.so(8)``: colons and spaces) cannot be in a name: then it does without.
     """
-    argv = ["/bin/sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *command]
+    script, name = 'LISTEN_PID=$$ exec "$@"', "sh"
+    if preload is not None and not set(str(preload)) & set(": "):
+        script = f"LD_PRELOAD=$0 {script}"
+        name = ":".join(filter(None, [os.environ.get("LD_PRELOAD"), str(preload)]))
+    argv = ["/bin/sh", "-c", script, name, *command]
     raised = [_high(descriptor) for descriptor in descriptors]
     try:
         return os.posix_spawn(

@@ -26,12 +26,13 @@ class Template:
 
     def __init__(self, home: paths.Home) -> None:
         """Raises :class:`errors.MissingError` saying what to install."""
-        command = nbdserver.serving(home.run, nbdserver.plugin_path())
+        command, preload = nbdserver.serving(home.run, nbdserver.plugin_path())
         command += [f"home={home.root}", "template_fd=5", f"vm={PLACE}"]
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, socket.socket(socket.AF_UNIX) as unused, open(os.devnull, "r+b") as null:
             standard = [null.fileno()] * 3
-            self._pid = nbdserver.spawn(command, [*standard, unused.fileno(), unused.fileno(), theirs.fileno()])
+            descriptors = [*standard, unused.fileno(), unused.fileno(), theirs.fileno()]
+            self._pid = nbdserver.spawn(command, descriptors, preload=preload)
 
     def fileno(self) -> int:
         """What a fork that will call :meth:`server` must keep open."""

@@ -91,6 +91,19 @@ is ``core.c``; ours are :mod:`fastpath`, :mod:`port` and :mod:`epoch`):
 * **F9** Whatever goes wrong (a failed or short read or write, a poisoned file, an unknown disk) sets no bit, is passed
   on after the request has left, and is done again from the start by the interpreter, which knows the errno (D9, D10).
 
+The same library stands in for some of libc's functions where nbdkit reads and writes its clients' sockets
+(``wire.c``): at depth 32 their calls are most of what a request of 4 KiB costs.  It reads ahead, gathers the parts of
+a reply, and holds replies back while requests are there that were read ahead.
+
+* **F10** What was read ahead is read by the next reads of that socket, in order, and dies with it: when it is closed
+  here, not in a child between ``vfork`` and ``exec``.
+* **F11** What is held back leaves before whatever may wait for anything but a processor: a read that goes to the
+  kernel, a request that goes to the interpreter, a read of data that is not in the page cache, a large transfer, a
+  hole; and before the socket is shut down or closed.  So nobody who drains, or waits for a guest, waits for a reply.
+* **F12** Nothing is held for longer than 0.1 ms of serving others, nor more than fits.
+* **F13** A reply is held only while one thread alone reads its socket: F11 is about what that thread does next.
+* **F14** A failure to send is told by the send that meets it, or by the next one; a read does not fail for it.
+
 Crash windows
 -------------
 

@@ -30,6 +30,7 @@
  */
 #define _GNU_SOURCE
 #include "core.h"
+#include "wire.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -37,6 +38,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -333,11 +335,26 @@ int fp_file_take_dirty(fp_file *file) { return atomic_exchange(&file->dirty, 0);
 
 void fp_file_fail(fp_file *file) { atomic_store(&file->failed, 1); }
 
+/* As pread().  While a reply is held back it is asked first for what needs no waiting (F11). */
+static ssize_t read_some(const fp_file *file, char *buf, uint64_t length, off_t offset)
+{
+    if (fp_wire_holds()) {
+        if (length <= FP_WIRE_BRIEF) {
+            const struct iovec part = {buf, length};
+            const ssize_t done = preadv2(file->fd, &part, 1, offset, RWF_NOWAIT);
+            if (done > 0)
+                return done;
+        }
+        fp_wire_release();
+    }
+    return pread(file->fd, buf, length, offset);
+}
+
 /* All of it, or false: what went wrong is found and told by the plugin, which tries again. */
 static bool read_all(const fp_file *file, char *buf, uint64_t length, uint64_t offset)
 {
     while (length) {
-        ssize_t done = pread(file->fd, buf, length, (off_t)offset);
+        ssize_t done = read_some(file, buf, length, (off_t)offset);
         if (done <= 0)
             return false;
         buf += done;
@@ -542,6 +559,8 @@ struct change {
 
 static bool put(fp_file *file, const struct change *what, uint64_t offset, uint64_t length)
 {
+    if (!what->data || length > FP_WIRE_BRIEF)
+        fp_wire_release();
     const bool done = what->data ? write_all(file, what->data + (offset - what->start), length, offset)
                                  : fallocate(file->fd, what->mode, (off_t)offset, (off_t)length) == 0;
     atomic_store(&file->dirty, 1); /* after the change, whatever came of it: a sync that begins now covers it */

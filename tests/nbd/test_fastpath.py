@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import nbd
 
 from tests.nbd.conftest import MIB, SIZES
 from tests.support import server
@@ -29,6 +32,29 @@ def test_it_serves_and_is_counted(stand: server.Stand) -> None:
     assert (after["fast_requests"], after["writes"], after["reads"]) == (5, 5, 1)
     assert after["written_bytes"] == 4096 + 8192 + 3 and after["read_bytes"] == 3 * 4096
     assert after["flushes"] == 1
+
+
+def reads(pid: int) -> int:
+    """Reads that process *pid* has asked the kernel for (``syscr`` of ``proc_pid_io(5)``)."""
+    lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("syscr"))
+
+
+def test_requests_are_read_many_at_a_time(stand: server.Stand) -> None:
+    """F10 with a real nbdkit, which by itself asks for every header and every payload."""
+    requests, data = 64, b"q" * 4096
+    with stand.disk() as handle:
+        handle.pwrite(data, 0)
+        before = reads(stand.server.pid)
+        for _ in range(20):
+            cookies = [
+                handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(data)), at * 4096) for at in range(requests)
+            ]
+            while handle.aio_in_flight():
+                handle.poll(-1)
+            assert all(handle.aio_command_completed(cookie) for cookie in cookies)
+        assert reads(stand.server.pid) - before < 20 * requests
+        assert handle.pread(4096 * requests, 0) == data * requests
 
 
 def test_each_connection_has_the_disk_of_its_name(stand: server.Stand) -> None:

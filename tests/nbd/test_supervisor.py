@@ -461,7 +461,7 @@ def test_servers_forked_from_one(vm: paths.VmPaths) -> None:
 
 def test_a_template_that_fails(vm: paths.VmPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server is started as if there were none."""
-    monkeypatch.setattr(nbdserver, "serving", lambda run, plugin: ["/bin/false"])
+    monkeypatch.setattr(nbdserver, "serving", lambda run, plugin: (["/bin/false"], None))
     loaded = template.Template(paths.home(vm.root.parent.parent))
     monkeypatch.undo()
     with loaded, supervisor.Detached(loaded) as detached:

@@ -18,8 +18,10 @@ from blkckpt.agent import fastfilter
 from blkckpt.disk import disk, fastpath
 
 HERE = Path(__file__).parent / "fastpath"
-READ, WRITE, ZERO = range(3)
+READ, WRITE, ZERO, CACHED = range(4)
 WAIT = 20.0
+PATIENT = ("HOLD_NS = 100000;", "HOLD_NS = 60000000000;")
+"""For ``wire.c``: what is held waits as long as a test needs."""
 _HOOK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
@@ -33,31 +35,52 @@ def build(directory: Path, defect: tuple[str, str] | None = None) -> Path:
 def build_stress(directory: Path, sanitizer: str, defect: tuple[str, str] | None = None) -> Path:
     """Compile the program of ``stress.c`` with *sanitizer* (see gcc's ``-fsanitize``)."""
     program = directory / "stress"
-    flags = (
-        "-std=c11",
-        "-O1",
-        "-g",
-        "-Wall",
-        "-Wextra",
-        "-pthread",
-        f"-fsanitize={sanitizer}",
-        "-fno-sanitize-recover=all",
-    )
-    _compile(program, "stress.c", flags, defect)
+    _compile(program, "stress.c", sanitized(sanitizer), defect)
     return program
 
 
-def _compile(target: Path, harness: str, flags: Sequence[str], defect: tuple[str, str] | None) -> None:
-    text = (fastfilter.source() / "core.c").read_text()
-    if defect is not None:
-        assert text.count(defect[0]) == 1, f"core.c has changed; seed the defect anew: {defect[0]!r}"
+def sanitized(sanitizer: str) -> Sequence[str]:
+    """The compiler's flags for a program with *sanitizer*."""
+    checks = (f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
+    return ("-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-pthread", *checks)
+
+
+def build_passing(directory: Path, defect: tuple[str, str] | None = None) -> Path:
+    """Compile the program of ``passing.c``."""
+    program = directory / "passing"
+    source = _seeded("filter.c", directory, [] if defect is None else [defect]).parent
+    flags = ("-std=c11", "-O1", "-g", "-pthread", f"-I{source}", f"-I{fastfilter.source()}")
+    others = [fastfilter.source() / "core.c", _seeded("wire.c", directory, [PATIENT])]
+    subprocess.run(["gcc", *flags, "-o", program, HERE / "passing.c", *others], check=True)
+    return program
+
+
+def compile_wire(
+    target: Path, flags: Sequence[str], defects: Sequence[tuple[str, str]] = (), harness: str | None = None
+) -> None:
+    """Compile ``wire.c``, with *defects* in it, by itself or into the program *harness*."""
+    sources = [_seeded("wire.c", target.parent, defects), *([] if harness is None else [HERE / harness])]
+    subprocess.run(["gcc", *flags, "-Wno-unused", f"-I{fastfilter.source()}", "-o", target, *sources], check=True)
+
+
+def _seeded(name: str, directory: Path, defects: Sequence[tuple[str, str]]) -> Path:
+    """A copy of the source *name* in *directory* in which the only ``defect[0]`` is replaced by ``defect[1]``."""
+    text = (fastfilter.source() / name).read_text()
+    for defect in defects:
+        assert text.count(defect[0]) == 1, f"{name} has changed; seed the defect anew: {defect[0]!r}"
         text = text.replace(*defect)
-    source, made = target.with_name("core.c"), target.with_name("core.o")
-    source.write_text(text)
+    copy = directory / name
+    copy.write_text(text)
+    return copy
+
+
+def _compile(target: Path, harness: str, flags: Sequence[str], defect: tuple[str, str] | None) -> None:
+    source, made = _seeded("core.c", target.parent, [] if defect is None else [defect]), target.with_name("core.o")
     common = ["gcc", *flags, f"-I{fastfilter.source()}", f"-I{HERE}"]
     strict = ["-Werror"] if defect is None else []
     subprocess.run([*common, *strict, "-c", "-DFASTPATH_CORE", "-include", "hooks.h", "-o", made, source], check=True)
-    subprocess.run([*common, "-Werror", "-o", target, made, HERE / harness], check=True)
+    wire = _seeded("wire.c", target.parent, [PATIENT])
+    subprocess.run([*common, "-Werror", "-o", target, made, wire, HERE / harness], check=True)
 
 
 class Held:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,6 +61,36 @@ def test_what_is_missing_is_named(prefix: Path, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(errors.MissingError, match="does not load"):
         fastfilter.build("/bin/false", program.version, dict(os.environ))
     assert fastfilter.find(program.version) is None
+
+
+def preloaded(library: Path | None, monkeypatch: pytest.MonkeyPatch, others: str = "") -> str:
+    """``LD_PRELOAD`` as what :func:`nbdserver.spawn` starts finds it."""
+    monkeypatch.setenv("LD_PRELOAD", others)
+    out, into = os.pipe()
+    with open(out, "rb") as said, open(os.devnull, "r+b") as null:
+        pid = nbdserver.spawn(
+            ["/usr/bin/printenv", "LD_PRELOAD"], [null.fileno(), into, null.fileno()], preload=library
+        )
+        os.close(into)
+        text = said.read().decode().strip()
+    os.waitpid(pid, 0)
+    return text
+
+
+def test_it_is_preloaded_into_nbdkit_alone(prefix: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It takes its own name out of the variable when it is loaded, and leaves what else is there."""
+    path = nbdserver.build_fast_path()
+    other = ctypes.util.find_library("m")
+    assert other is not None
+    assert preloaded(path, monkeypatch) == "", "printenv has loaded it"
+    assert preloaded(path, monkeypatch, other) == other
+    assert preloaded(None, monkeypatch, other) == other
+    copied = tmp_path / "a b.so"
+    copied.write_bytes(path.read_bytes())
+    assert preloaded(copied, monkeypatch, other) == other, "a name that the variable cannot hold"
+    empty = tmp_path / "empty.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-o", empty, os.devnull], check=True)
+    assert preloaded(empty, monkeypatch, other) == f"{other}:{empty}", "the control: it does not take itself out"
 
 
 def test_a_foreign_library_is_an_error_with_a_name(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The rules F1 to F9 between the fast path and the interpreter, each with seeded defects that its scenario must find.
+"""The rules F1 to F9 between the fast path and the interpreter, and F11, each with defects that its scenario finds.
 
 A scenario runs the core and the interpreter's data plane together in this process; a system call of the core is held
 for as long as the scenario needs a request in flight there.  It runs once as it should be, and once for each defect:
@@ -21,7 +21,7 @@ import pytest
 from blkckpt import errors
 from blkckpt.disk import api, barrier, epoch, fastpath, fileio, maps
 from blkckpt.disk import format as formats
-from tests.support import disks, fastcore
+from tests.support import disks, fastcore, fastwire
 
 MIB = 1 << 20
 SIZES = {"vda": 8 * MIB, "vdb": MIB + 1234}
@@ -344,12 +344,46 @@ def f9_errors(bench: Bench) -> None:
         bench.vda.pwrite(B, block * 4096)
 
 
+# ---- F11 ----
+
+
+def f11_waits(bench: Bench) -> None:
+    """No reply is held back while a request is at what may wait for a disk, or take long."""
+    bench.switched()
+    assert bench.vda.write(B * 16, 0)
+    cold, seen = False, list[tuple[int, bool]]()
+    with fastwire.paired(fastwire.Wire(bench.core.path)) as pair:
+
+        def judge(kind: int, fd: int, offset: int, length: int) -> int:
+            seen.append((kind, pair.wire.c.fp_wire_holds()))
+            return errno.EAGAIN if cold and kind == fastcore.CACHED else 0
+
+        def found(request: Callable[[], bool]) -> list[tuple[int, bool]]:
+            seen.clear()
+            pair.hold()
+            with bench.core.asked(judge):
+                assert request()
+            assert pair.read(1) == b"b"
+            pair.wire.c.fp_wire_release()
+            assert pair.arrived() in (b"", b"r")
+            return seen
+
+        one, many = bytearray(4096), bytearray(65536)
+        assert found(lambda: bench.vda.read(one, 0)) == [(fastcore.CACHED, True)] and one == B
+        cold, one = True, bytearray(4096)
+        assert found(lambda: bench.vda.read(one, 0)) == [(fastcore.CACHED, True), (fastcore.READ, False)] and one == B
+        assert found(lambda: bench.vda.read(many, 0)) == [(fastcore.READ, False)] and many == B * 16
+        assert found(lambda: bench.vda.write(A, 0)) == [(fastcore.WRITE, True)]
+        assert found(lambda: bench.vda.write(A * 16, 0)) == [(fastcore.WRITE, False)]
+        assert found(lambda: bench.vda.zero(4096, 0)) == [(fastcore.ZERO, False)]
+
+
 Scenario = Callable[[Bench], None]
 Patch = tuple[Any, str, Any]
 
 SCENARIOS: tuple[Scenario, ...] = (
     f1_drain, f1_new_view, f2_files, f3_one_instant, f4_armed, f5_turned_away, f5_settles, f5_noted, f6_order,
-    f6_durable, f7_flush, f8_atomic, f8_space, f9_errors,
+    f6_durable, f7_flush, f8_atomic, f8_space, f9_errors, f11_waits,
 )  # fmt: skip
 
 SETTLED = ("            if (spent >= usec)\n                return 0;", "            return 1;")
@@ -378,6 +412,10 @@ C_DEFECTS: tuple[tuple[Scenario, tuple[str, str]], ...] = (
     (f9_errors, (PUT, "    put(file, what, offset, until - offset);\n")),
     (f9_errors, ("    if (!file || atomic_load(&file->failed))", "    if (!file)")),
     (f9_errors, ("needs_copy_up(view, map, offset, until) || ", "")),
+    (f11_waits, ("        fp_wire_release();\n    }\n    return pread", "    }\n    return pread")),
+    (f11_waits, ("        if (length <= FP_WIRE_BRIEF) {\n", "        if (1) {\n")),
+    (f11_waits, ("    if (!what->data || length > FP_WIRE_BRIEF)\n", "    if (!what->data)\n")),
+    (f11_waits, ("    if (!what->data || length > FP_WIRE_BRIEF)\n", "    if (length > FP_WIRE_BRIEF)\n")),
 )  # fmt: skip
 
 

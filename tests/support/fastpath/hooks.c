@@ -6,7 +6,7 @@
 
 #include "core.h"
 
-enum { READ, WRITE, ZERO };
+enum { READ, WRITE, ZERO, CACHED };
 
 static int (*ask)(int kind, int fd, int64_t offset, int64_t length);
 
@@ -21,6 +21,13 @@ static int refused(int kind, int fd, off_t offset, size_t length)
 ssize_t hooked_pread(int fd, void *buf, size_t count, off_t offset)
 {
     return refused(READ, fd, offset, count) ? -1 : pread(fd, buf, count, offset);
+}
+
+/* Not every file system knows RWF_NOWAIT: here all is in the page cache, unless the test says EAGAIN. */
+ssize_t hooked_preadv2(int fd, const struct iovec *parts, int count, off_t offset, int flags)
+{
+    (void)flags;
+    return refused(CACHED, fd, offset, parts->iov_len) ? -1 : preadv(fd, parts, count, offset);
 }
 
 ssize_t hooked_pwrite(int fd, const void *buf, size_t count, off_t offset)

@@ -68,6 +68,12 @@ static void free_layer(struct layer *layer)
 
 ssize_t hooked_pread(int fd, void *buf, size_t count, off_t offset) { return pread(fd, buf, count, offset); }
 
+ssize_t hooked_preadv2(int fd, const struct iovec *parts, int count, off_t offset, int flags)
+{
+    (void)flags;
+    return preadv(fd, parts, count, offset);
+}
+
 ssize_t hooked_pwrite(int fd, const void *buf, size_t count, off_t offset)
 {
     if (quick)
