@@ -64,8 +64,8 @@ class Samples:
 class Figure:
     """One named result; *bar* is None for context that nothing is demanded of.
 
-    *ceiling* is what a server that does nothing but read and write the file reaches in its place, in the same run: a
-    bar above it asks for more than the client, the socket and the processors of this machine let through.
+    *ceiling* is what a server that does less, or nothing, reaches in its place, in the same run: a bar above it asks
+    for more than the client, the socket and the processors of this machine let through.
     """
 
     name: str

@@ -8,8 +8,6 @@ from __future__ import annotations
 import compileall
 import contextlib
 import dataclasses
-import importlib
-import importlib.util
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -30,12 +28,9 @@ _KEEP_ALIVE_SECONDS = 10.0
 """The lease ends after 60 s of silence."""
 
 
-def fast_path() -> bool:
-    """Whether servers started here serve the hot path from C: the filter is part of the product, built and wanted."""
-    if importlib.util.find_spec("blkckpt.agent.fastfilter") is None:
-        return False
-    fastfilter = importlib.import_module("blkckpt.agent.fastfilter")
-    return bool(fastfilter.wanted()) and fastfilter.find(nbdserver.probe().version) is not None
+def fast_path() -> Path | None:
+    """The library with which servers started here serve the hot path from C, if it is built and wanted."""
+    return nbdserver.fast_path(nbdserver.probe())
 
 
 @contextlib.contextmanager
@@ -139,10 +134,15 @@ class Server:
 
     @contextlib.contextmanager
     def filling(self, base: Path, directory: Path) -> Iterator[str]:
-        """A disk restored from a checkpoint of *base*, whose background fill has just begun."""
+        """A disk restored from a checkpoint of *base*, whose background fill has just begun.
+
+        The store is in the page cache, like everybody's data: packs are written past it.
+        """
         with sandbox(directory, fast=self.fast) as box:
             with served(box, _NAME, base):
                 box.run("checkpoint", _NAME, "--name", "c", "--disk-only", timeout=600)
+            for pack in sorted(box.home.rglob("*.pack")):
+                context.warm(pack)
             box.run("restore", f"{_NAME}@c", "--as", "copy", "--detach")
             try:
                 yield uri(paths.home(box.home).vm("copy"))

@@ -37,6 +37,17 @@ def nbdkit_file(base: Path, directory: Path) -> AbstractContextManager[str]:
     return _serving([need("nbdkit"), "-f", "-U", str(socket), "file", str(base)], directory, socket)
 
 
+def nbdkit_null(base: Path, directory: Path, library: Path | None = None) -> AbstractContextManager[str]:
+    """nbdkit's null plugin, of *base*'s size: no I/O at all, so what it reaches is the client's limit.
+
+    In one thread, which is faster here, and with *library* preloaded.
+    """
+    socket = directory / "nbdkit-null.sock"
+    preload = [] if library is None else ["env", f"LD_PRELOAD={library}"]
+    options = ["-f", "--threads=1", "-U", str(socket), "null", str(base.stat().st_size)]
+    return _serving([*preload, need("nbdkit"), *options], directory, socket)
+
+
 def nbdkit_cow(base: Path, directory: Path) -> AbstractContextManager[str]:
     """nbdkit's own overlay, which lives as long as the server."""
     socket = directory / "nbdkit-cow.sock"
