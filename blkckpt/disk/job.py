@@ -134,7 +134,7 @@ class Pace:
     the guest does.  An idle guest does not slow it.  A *rate* in bytes a second bounds it in any case.
     """
 
-    FLOOR = 16 << 20
+    FLOOR = 32 << 20
     """Bytes a second, of those that are told, however slow the disk is."""
 
     SLICE = 0.00025
