@@ -19,19 +19,19 @@ class _Attributes(ctypes.Structure):
     )  # fmt: skip
 
 
-def set_thread(policy: int, nice: int, slice_ns: int) -> None:
-    """Set policy (``SCHED_OTHER``, ``SCHED_BATCH``), nice value and slice of this thread.
+def set_thread(policy: int, nice: int, slice_ns: int, thread: int = 0) -> None:
+    """Set policy (``SCHED_OTHER``, ``SCHED_BATCH``, ``SCHED_IDLE``), nice value and slice of *thread*, or of this one.
 
     *slice_ns*: for how long it may run when others wait, 0.1 to 100 ms in nanoseconds, 0 for the kernel's own choice
     (``base_slice_ns``, 3 ms); kernels before Linux 6.12 take no notice of it.  Raises ``PermissionError`` for a nice
-    value that is not permitted.
+    value that is not permitted, and where one may not come back from ``SCHED_IDLE``.
     """
     if _NUMBER is None:  # this machine's number is not known: no slices
-        os.setpriority(os.PRIO_PROCESS, 0, nice)
-        os.sched_setscheduler(0, policy, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, thread, nice)
+        os.sched_setscheduler(thread, policy, os.sched_param(0))
         return
     wanted = _Attributes(size=ctypes.sizeof(_Attributes), policy=policy, nice=nice, runtime=slice_ns)
     library = ctypes.CDLL(None, use_errno=True)
-    if library.syscall(_NUMBER, 0, ctypes.byref(wanted), 0):
+    if library.syscall(_NUMBER, thread, ctypes.byref(wanted), 0):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

@@ -36,7 +36,11 @@ from typing import IO, Any
 import numpy as np
 
 from blkckpt import errors, log
-from blkckpt.store import frozen, images, layout, reference, store
+from blkckpt.store import frozen, images, layout, lowly, reference, store
+
+_FAST_ENOUGH = 192 << 20
+"""Bytes a second.  Beside a guest that writes at full speed on two processors, half a GiB took 2.3 s instead of 1.5,
+and the guest kept 0.81 of its throughput instead of 0.55."""
 
 _INTERVAL = 0.2
 """Seconds between progress lines."""
@@ -254,12 +258,14 @@ def _zero_the_rest(disk: frozen.Frozen, plan: Plan, zero: Callable[[int, int], N
 
 
 class _Pace:
-    """Keeps reading to *rate* bytes a second."""
+    """Keeps reading to *rate* bytes a second, and gives way the more the better it gets on."""
 
     def __init__(self, rate: int | None) -> None:
         self._rate, self._begun = rate, time.monotonic()
+        self._leftover = lowly.Leftover(_FAST_ENOUGH)
 
     def wait(self, done: int) -> None:
+        self._leftover.told(done)
         if self._rate:
             late = self._begun + done / self._rate - time.monotonic()
             if late > 0:

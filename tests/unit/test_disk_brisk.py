@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -128,6 +131,45 @@ def test_who_gives_way_is_last_and_does_not_preempt() -> None:
         assert os.sched_getscheduler(0) == os.SCHED_BATCH
 
     in_thread(work)
+
+
+LEFTOVER = """
+import os, threading, time
+from blkckpt.store import lowly
+
+now, on, done = 0.0, threading.Event(), threading.Event()
+time.monotonic = lambda: now
+lowly.give_way()
+other = threading.Thread(target=lambda: (on.set(), done.wait()))
+other.start()
+on.wait()
+one = lowly.Leftover(100)
+for now, told in ((1.0, 101), (2.0, 199), (3.0, 299), (3.0, 301)):
+    one.told(told)
+    print(*(os.sched_getscheduler(tid) for tid in (0, other.native_id)), os.nice(0))
+done.set()
+"""
+
+
+def leftover(*prefix: str) -> list[list[int]]:
+    """Policy of two threads and the nice value: ahead, behind, behind, ahead."""
+    command = [*prefix, sys.executable, "-c", LEFTOVER]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return [list(map(int, line.split())) for line in said.stdout.splitlines()]
+
+
+@pytest.mark.skipif(not permitted(), reason="no CAP_SYS_NICE")
+def test_who_gets_on_fast_enough_takes_only_what_is_left_over() -> None:
+    idle, batch = ([policy, policy, lowly.NICE] for policy in (os.SCHED_IDLE, os.SCHED_BATCH))
+    assert leftover() == [idle, batch, batch, idle]
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="no setpriv")
+@pytest.mark.skipif(os.geteuid() != 0, reason="it is so already, or cannot be")
+def test_who_could_not_come_back_does_not_go() -> None:
+    """sched(7): without CAP_SYS_NICE, and with RLIMIT_NICE 0, nobody leaves SCHED_IDLE."""
+    drop = ("prlimit", "--nice=0", "setpriv", "--bounding-set=-sys_nice", "--inh-caps=-sys_nice")
+    assert leftover(*drop) == [[os.SCHED_BATCH, os.SCHED_BATCH, lowly.NICE]] * 4
 
 
 def test_a_refused_priority_is_an_error() -> None:
