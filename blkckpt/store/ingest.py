@@ -262,7 +262,7 @@ class _Pace:
 
     def __init__(self, rate: int | None) -> None:
         self._rate, self._begun = rate, time.monotonic()
-        self._leftover = lowly.Leftover(_FAST_ENOUGH)
+        self._leftover = lowly.Leftover(min(_FAST_ENOUGH, rate // 2) if rate else _FAST_ENOUGH)
 
     def wait(self, done: int) -> None:
         self._leftover.told(done)

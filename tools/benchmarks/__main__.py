@@ -32,7 +32,7 @@ Examples:
 
 \b
 A ratio compares medians. "bar" is what the project promises; "missed" means it was not reached here; "ceiling" is
-what a server reaches there that does nothing but read and write the file.
+what a server reaches there that does less: nothing at all, or no more than the file.
 The JSON is {"when", "machine", "notes", "figures": [{"name", "unit", "value", "peers", "bar", "holds", "ceiling"}]}.
 Exit code: 0 measured, 1 failed, or with --strict when a bar was missed.
 """
