@@ -152,6 +152,7 @@ def run(job: Job, progress: Callable[[int, int], None]) -> dict[str, Any]:
                 done += len(data)
                 progress(done, total)
                 pace.wait(done)
+            pace.end()
             if plan.parent and not plan.inherits:
                 _zero_the_rest(disk, plan, out.zero)
             info = out.finish()
@@ -270,6 +271,9 @@ class _Pace:
             late = self._begun + done / self._rate - time.monotonic()
             if late > 0:
                 time.sleep(late)
+
+    def end(self) -> None:
+        self._leftover.end()
 
 
 class _Progress:

@@ -37,27 +37,34 @@ def give_way() -> None:
 class Leftover:
     """Work that is told of, which takes only what nobody wants while it gets on at *rate* bytes a second or more.
 
-    Behind that it is as :func:`give_way` made it.  Where one may not come back from ``SCHED_IDLE`` (sched(7): without
-    ``CAP_SYS_NICE`` or ``RLIMIT_NICE``) it always is.
+    Behind that, and at the end, it is as :func:`give_way` made it; in a process that does not give way nothing is
+    changed.  Where one may not come back from ``SCHED_IDLE`` (sched(7): without ``CAP_SYS_NICE`` or ``RLIMIT_NICE``)
+    it always is.
     """
 
     def __init__(self, rate: int) -> None:
         self._rate = rate
         self._began = time.monotonic()
         self._idle = False
-        self._may: bool | None = None
+        self._may = None if os.sched_getscheduler(0) == os.SCHED_BATCH else False
 
     def told(self, done: int) -> None:
         """*done* bytes are done since the beginning."""
-        ahead = done > self._rate * (time.monotonic() - self._began)
-        if ahead and self._may is None:
+        self._be(idle=done > self._rate * (time.monotonic() - self._began))
+
+    def end(self) -> None:
+        """What is still to be done is not told of."""
+        self._be(idle=False)
+
+    def _be(self, *, idle: bool) -> None:
+        if idle and self._may is None:
             self._may = _may_come_back()
-        if ahead == self._idle or not self._may:
+        if idle == self._idle or not self._may:
             return
-        self._idle = ahead
+        self._idle = idle
         for thread in os.listdir("/proc/self/task"):  # noqa: PTH208
             with contextlib.suppress(OSError):  # it has ended
-                _set(os.SCHED_IDLE if ahead else os.SCHED_BATCH, int(thread))
+                _set(os.SCHED_IDLE if idle else os.SCHED_BATCH, int(thread))
 
 
 def _may_come_back() -> bool:

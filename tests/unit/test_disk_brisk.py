@@ -134,26 +134,27 @@ def test_who_gives_way_is_last_and_does_not_preempt() -> None:
 
 
 LEFTOVER = """
-import os, threading, time
+import os, sys, threading, time
 from blkckpt.store import lowly
 
 now, on, done = 0.0, threading.Event(), threading.Event()
 time.monotonic = lambda: now
-lowly.give_way()
+if sys.argv[1:]:
+    lowly.give_way()
 other = threading.Thread(target=lambda: (on.set(), done.wait()))
 other.start()
 on.wait()
 one = lowly.Leftover(100)
-for now, told in ((1.0, 101), (2.0, 199), (3.0, 299), (3.0, 301)):
-    one.told(told)
+for now, told in ((1.0, 101), (2.0, 199), (3.0, 299), (3.0, 301), (4.0, None)):
+    one.end() if told is None else one.told(told)
     print(*(os.sched_getscheduler(tid) for tid in (0, other.native_id)), os.nice(0))
 done.set()
 """
 
 
-def leftover(*prefix: str) -> list[list[int]]:
-    """Policy of two threads and the nice value: ahead, behind, behind, ahead."""
-    command = [*prefix, sys.executable, "-c", LEFTOVER]
+def leftover(*prefix: str, gives_way: str = "yes") -> list[list[int]]:
+    """Policy of two threads and the nice value: ahead, behind, behind, ahead, at the end."""
+    command = [*prefix, sys.executable, "-c", LEFTOVER, *gives_way.split()]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     return [list(map(int, line.split())) for line in said.stdout.splitlines()]
 
@@ -161,7 +162,9 @@ def leftover(*prefix: str) -> list[list[int]]:
 @pytest.mark.skipif(not permitted(), reason="no CAP_SYS_NICE")
 def test_who_gets_on_fast_enough_takes_only_what_is_left_over() -> None:
     idle, batch = ([policy, policy, lowly.NICE] for policy in (os.SCHED_IDLE, os.SCHED_BATCH))
-    assert leftover() == [idle, batch, batch, idle]
+    assert leftover() == [idle, batch, batch, idle, batch]
+    usual = [os.sched_getscheduler(0)] * 2 + [os.nice(0)]
+    assert leftover(gives_way="") == [usual] * 5, "whoever does not give way is left alone"
 
 
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="no setpriv")
@@ -169,7 +172,7 @@ def test_who_gets_on_fast_enough_takes_only_what_is_left_over() -> None:
 def test_who_could_not_come_back_does_not_go() -> None:
     """sched(7): without CAP_SYS_NICE, and with RLIMIT_NICE 0, nobody leaves SCHED_IDLE."""
     drop = ("prlimit", "--nice=0", "setpriv", "--bounding-set=-sys_nice", "--inh-caps=-sys_nice")
-    assert leftover(*drop) == [[os.SCHED_BATCH, os.SCHED_BATCH, lowly.NICE]] * 4
+    assert leftover(*drop) == [[os.SCHED_BATCH, os.SCHED_BATCH, lowly.NICE]] * 5
 
 
 def test_a_refused_priority_is_an_error() -> None:
