@@ -56,6 +56,7 @@ struct wire {
     _Atomic bool shared;          /* another one has */
     size_t at;
     _Atomic size_t ahead; /* bytes from *at* on */
+    bool large;           /* the last read was: the next request may have a large payload too */
     /* Replies. */
     pthread_mutex_t lock;
     int failed; /* the errno of a send that a read made */
@@ -103,6 +104,7 @@ static struct wire *mark(int fd)
     wire->owner = getpid();
     wire->failed = 0;
     wire->at = 0;
+    wire->large = false;
     atomic_store(&wire->ahead, 0);
     atomic_store(&wire->held, 0);
     atomic_store(&wire->reader, NULL);
@@ -242,7 +244,9 @@ ssize_t fp_wire_read(int fd, void *buf, size_t length)
     }
     release(wire, fd);
     tally(&raw_reads);
-    const ssize_t got = readv(fd, (struct iovec[2]){{buf, length}, {wire->in, AHEAD}}, 2);
+    const size_t room = wire->large ? 0 : AHEAD; /* part of a large payload would be copied twice */
+    wire->large = length > FP_WIRE_BRIEF;
+    const ssize_t got = readv(fd, (struct iovec[2]){{buf, length}, {wire->in, room}}, 2);
     if (got <= 0 || (size_t)got <= length)
         return got;
     wire->at = 0;

@@ -43,6 +43,17 @@ def f10_in_order(pair: fastwire.Pair) -> None:
     assert pair.read(10) == b""
 
 
+def f10_after_a_large_one(pair: fastwire.Pair) -> None:
+    """Nothing is read ahead where a large payload may follow, which would be copied twice."""
+    pair.client.sendall(b"L" * (BRIEF + 1))
+    assert pair.read(BRIEF + 1) == b"L" * (BRIEF + 1)
+    pair.client.sendall(b"abcdefghi")
+    before = pair.wire.counters[1]
+    assert pair.read(3) == b"abc" and pair.wire.counters[1] - before == 1
+    assert pair.read(3) == b"def" and pair.wire.counters[1] - before == 2, "it was read ahead"
+    assert pair.read(3) == b"ghi" and pair.wire.counters[1] - before == 2, "it was not"
+
+
 def f10_dies_with_its_socket(pair: fastwire.Pair) -> None:
     """F10: a socket that gets the same number does not read what another one read ahead."""
     pair.client.sendall(b"old old")
@@ -186,7 +197,8 @@ def f14_told_at_once(pair: fastwire.Pair) -> None:
 
 
 SCENARIOS: tuple[Scenario, ...] = (
-    f10_in_order, f10_dies_with_its_socket, f10_not_in_a_child, f11_parts_go_together, f11_read, f11_with_the_last,
+    f10_in_order, f10_after_a_large_one, f10_dies_with_its_socket, f10_not_in_a_child, f11_parts_go_together, f11_read,
+    f11_with_the_last,
     f11_asked, f11_shutdown, f11_close, f12_no_more_than_fits, f13_another_reader_first, f13_another_reader_later,
     f14_gone, f14_told_later, f14_told_at_once,
 )  # fmt: skip
@@ -197,6 +209,8 @@ _IN_CLOSE = "        release(wire, fd);\n        atomic_store(&wire->marked, fal
 DEFECTS: tuple[tuple[Scenario, tuple[str, str]], ...] = (
     (f10_in_order, ("        wire->at += taken;\n", "")),
     (f10_in_order, ("atomic_store(&wire->ahead, ahead - taken)", "atomic_store(&wire->ahead, 0)")),
+    (f10_after_a_large_one, ("wire->large ? 0 : AHEAD", "AHEAD")),
+    (f10_after_a_large_one, ("wire->large = length > FP_WIRE_BRIEF;", "wire->large = true;")),
     (f10_dies_with_its_socket, ("        atomic_store(&wire->marked, false);\n", "")),
     (f10_dies_with_its_socket, ("    atomic_store(&wire->ahead, 0);\n", "")),
     (f10_not_in_a_child, ("wire && wire->owner == getpid() ? wire", "wire ? wire")),
