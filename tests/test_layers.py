@@ -19,7 +19,7 @@ RANKS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "lazy", "childenv"}),
     frozenset({"units", "log", "durable", "scheduling", "exchange.qemuimg"}),
     frozenset({
-        "paths", "disk.barrier", "disk.api", "disk.blocks", "disk.brisk", "memory.records", "vm.qemuopts",
+        "paths", "disk.barrier", "disk.api", "disk.blocks", "memory.records", "vm.qemuopts",
         "agent.drain", "agent.fastfilter",
     }),
     # Pure: values and bytes, no process, no socket.

@@ -34,7 +34,7 @@ A request: range check (``disk``) → gate (``epoch``): epoch, view, ticket → 
 ``layer``/``fileio``: data, then live bits → ticket back.  A flush: top down, take the dirty map pages of every layer;
 then, bottom up, per layer: sync the data, write the pages, sync the map.
 
-Modules, lowest first: ``blocks`` ``blockmap`` ``format`` ``fastpath`` (pure) · ``brisk`` ``fileio`` ``claim`` ``epoch``
+Modules, lowest first: ``blocks`` ``blockmap`` ``format`` ``fastpath`` (pure) · ``fileio`` ``claim`` ``epoch``
 ``job`` · ``maps`` ``layer`` · ``chain`` · ``commit`` ``fill`` ``copier`` ``port`` ``stack`` · ``disk`` ``statefile`` ·
 ``member`` · ``states`` · ``rounds`` ``background`` · ``copying`` ``leaving`` ``retaining`` · ``group``.
 ``api`` and ``barrier`` are what others speak.

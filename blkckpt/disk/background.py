@@ -99,8 +99,7 @@ class Emptier:
                 state = item.without(overlay)
                 self._states.replace({state.name: state})
 
-        with pace:
-            patiently(commit, f"committing disk {item.disk.name}", self._warn, self._stop)
+        patiently(commit, f"committing disk {item.disk.name}", self._warn, self._stop)
         item.forget(overlay, self._stop)
 
 

@@ -7,10 +7,10 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any
 
 from blkckpt import errors, log
-from blkckpt.disk import api, brisk
+from blkckpt.disk import api
 
 _log = log.get(__name__)
 
@@ -160,16 +160,7 @@ class Pace:
         self._seen = activity()
         self._idle_since = -math.inf
         self._moved = 0
-        self._brisk: brisk.Brisk | None = None
         self._began = time.monotonic()
-
-    def __enter__(self) -> Self:
-        self._brisk = brisk.Brisk()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._brisk is not None:
-            self._brisk.set(False)
 
     def check(self) -> None:
         """Raise :class:`errors.StateError` if the work is to stop."""
@@ -182,10 +173,7 @@ class Pace:
         worked = time.monotonic() - self._began
         if worked < self.SLICE:
             return
-        active = self._active()
-        if self._brisk is not None:
-            self._brisk.set(active)
-        pause = min(worked * self._rests, self._moved / self.FLOOR) if active else 0.0
+        pause = min(worked * self._rests, self._moved / self.FLOOR) if self._active() else 0.0
         if self._rate:
             pause = max(pause, self._moved / self._rate - worked)
         if pause > 0:

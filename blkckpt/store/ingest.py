@@ -22,6 +22,7 @@ given, and holds the store's lock only for itself: the agent holds it until the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -145,14 +146,13 @@ def run(job: Job, progress: Callable[[int, int], None]) -> dict[str, Any]:
         with target.image_writer(job.size, parent=plan.parent, kind="disk", label=job.label, image=job.image) as out:
             total = plan.chunks * layout.CHUNK
             done = 0
-            pace = _Pace(job.rate)
-            for first, count in _windows(disk, plan):
-                data = disk.read(first, count)
-                out.write(first * layout.CHUNK, data if isinstance(data, bytes) else memoryview(data))
-                done += len(data)
-                progress(done, total)
-                pace.wait(done)
-            pace.end()
+            with contextlib.closing(_Pace(job.rate)) as pace:
+                for first, count in _windows(disk, plan):
+                    data = disk.read(first, count)
+                    out.write(first * layout.CHUNK, data if isinstance(data, bytes) else memoryview(data))
+                    done += len(data)
+                    progress(done, total)
+                    pace.wait(done)
             if plan.parent and not plan.inherits:
                 _zero_the_rest(disk, plan, out.zero)
             info = out.finish()
@@ -272,7 +272,7 @@ class _Pace:
             if late > 0:
                 time.sleep(late)
 
-    def end(self) -> None:
+    def close(self) -> None:
         self._leftover.end()
 
 

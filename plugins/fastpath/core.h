@@ -1,7 +1,8 @@
 /* The fast path's core: what the nbdkit filter (filter.c) and the plugin's Python (blkckpt/disk/fastpath.py) call.
  *
- * No nbdkit in here, so that tests can link it alone.  See core.c for the design.  Python calls everything but the
- * requests; objects are made and freed by Python, which keeps them alive while a request may use them (rule F2).
+ * No nbdkit in here, nor in wire.c, so that tests can link the two alone.  See core.c for the design.  Python calls
+ * everything but the requests; objects are made and freed by Python, which keeps them alive while a request may use
+ * them (rule F2).
  */
 #ifndef BLKCKPT_FASTPATH_H
 #define BLKCKPT_FASTPATH_H

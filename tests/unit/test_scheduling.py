@@ -1,4 +1,4 @@
-"""How the kernel schedules work behind the guest: brisk while a guest is active, as before when it is not."""
+"""How the kernel schedules work that gives way to the guest."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from concurrent import futures
 
 import pytest
 
 from blkckpt import scheduling
-from blkckpt.disk import brisk, job
 from blkckpt.store import lowly
 
 
@@ -30,7 +27,7 @@ def permitted() -> bool:
 
     def ask() -> None:
         try:
-            os.setpriority(os.PRIO_PROCESS, 0, brisk.NICE)
+            os.setpriority(os.PRIO_PROCESS, 0, -20)
         except PermissionError:
             found.append(False)
         else:
@@ -38,90 +35,6 @@ def permitted() -> bool:
 
     in_thread(ask)
     return found[0]
-
-
-class Guest:
-    """Counts requests, when it is active."""
-
-    def __init__(self) -> None:
-        self.active = True
-        self._requests = 0
-
-    def __call__(self) -> int:
-        self._requests += self.active
-        return self._requests
-
-
-def test_work_beside_an_active_guest_is_brisk_and_calm_beside_an_idle_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = os.nice(0)
-    raised = brisk.NICE if usual <= 0 and permitted() else usual
-    guest, now = Guest(), 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-
-    def work() -> None:
-        nonlocal now
-        with job.Pace(threading.Event(), guest, rests=0.001) as pace:
-            pace.SLICE = 0  # every piece is followed by a rest
-            pace.rest(1)
-            assert os.nice(0) == raised
-            guest.active = False
-            now += job.Pace.IDLE / 2
-            pace.rest(1)
-            assert os.nice(0) == raised, "it may have waited for a processor"
-            now += job.Pace.IDLE / 2
-            pace.rest(1)
-            assert os.nice(0) == usual
-            guest.active = True
-            pace.rest(1)
-            assert os.nice(0) == raised
-        assert os.nice(0) == usual, "the thread goes on with other things"
-
-    in_thread(work)
-
-
-@pytest.mark.skipif(os.nice(0) > 0, reason="a nice process stays nice")
-def test_without_permission_it_asks_for_short_pieces_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    set_thread, usual = scheduling.set_thread, os.nice(0)
-    monkeypatch.setattr(brisk, "NICE", usual - 1)
-
-    def refuse(policy: int, nice: int, slice_ns: int) -> None:
-        asked.append((nice, slice_ns))
-        if nice < usual:
-            raise PermissionError
-        set_thread(policy, nice, slice_ns)
-
-    monkeypatch.setattr(scheduling, "set_thread", refuse)
-
-    def work() -> None:
-        one = brisk.Brisk()
-        one.set(True)
-        one.set(True)
-        one.set(False)
-
-    in_thread(work)
-    assert asked == [(usual - 1, brisk.SLICE_NS), (usual, brisk.SLICE_NS), (usual, 0)]
-
-
-def test_a_server_that_its_user_has_made_nice_stays_so() -> None:
-    def work() -> None:
-        wanted = os.nice(5)
-        one = brisk.Brisk()
-        one.set(True)
-        assert os.nice(0) == wanted
-        one.set(False)
-        assert os.nice(0) == wanted
-
-    in_thread(work)
-
-
-def test_another_policy_stays() -> None:
-    def work() -> None:
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        brisk.Brisk().set(True)
-        assert os.sched_getscheduler(0) == os.SCHED_BATCH
-
-    in_thread(work)
 
 
 def test_who_gives_way_is_last_and_does_not_preempt() -> None:
